@@ -1,0 +1,339 @@
+"""What a run does besides its algorithm: settings, device, Ctrl-C, logging, results and checkpoints.
+
+Nothing here knows an algorithm: an agent is a module with .device, .optimizers (a dict) and .set_step(step).
+"""
+
+import contextlib
+import ctypes
+import io
+import json
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common.datasets import Dataset, UserError
+from common.scores import normalized_score
+
+COUNTS = ["total_steps", "batch_size", "eval_every", "log_every", "save_every", "diffusion_steps"]
+SUMMARY = ("final", "best", "last_ten")
+
+
+def run_command(train: Callable, args: object) -> None:
+    """Run train(args) as a command: exit code 2 with one message for a user's mistake, 130 after Ctrl-C."""
+    try:
+        train(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def resolve_settings(args, defaults: dict, task_settings: dict[str, dict]) -> tuple[object, dict[str, str]]:
+    """Arguments left at None filled in for the task, and where the value of each of them came from."""
+    of_task = task_settings.get(args.env_id, {})
+    values, sources = {}, {}
+    for name, default in defaults.items():
+        values[name] = getattr(args, name)
+        sources[name] = "given"
+        if values[name] is None:
+            values[name] = of_task.get(name, default)
+            sources[name] = "task" if name in of_task else "default"
+    args = replace(args, **values)
+    for name, value in vars(args).items():
+        if (name in COUNTS or name.startswith("num_")) and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    return args, sources
+
+
+def select_device(name: str) -> torch.device:
+    """The device called auto, cpu, cuda or cuda:<i>, after a first use that shows that it works."""
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        return torch.empty(0, device=chosen).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} is not available: {reason}; try --device cpu") from error
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed tensors; page faults take a fifth of a step on a CPU otherwise."""
+    if platform.libc_ver()[0] == "glibc":
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**30)
+
+
+def accelerated(
+    update: Callable[[], dict[str, Tensor]], agent: nn.Module, args
+) -> Callable[[], dict[str, Tensor]]:
+    """The same update, its networks compiled with --compile, captured whole in a CUDA graph on a GPU."""
+    if args.compile:
+        for network in agent.children():
+            network.compile()
+    return cuda_graphed(update) if args.cuda_graph and agent.device.type == "cuda" else update
+
+
+def cuda_graphed(update: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+    """Run update eagerly three times, on a side stream; then capture it as a CUDA graph and replay that."""
+    graph, stream, calls, outputs = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, {}
+
+    def step() -> dict[str, Tensor]:
+        nonlocal calls, outputs
+        calls += 1
+        if calls <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = update()
+            torch.cuda.current_stream().wait_stream(stream)
+            return outputs
+        if calls == 4:
+            with torch.cuda.graph(graph):
+                outputs = update()
+        graph.replay()
+        return outputs
+
+    return step
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done, so that no update is left half applied."""
+    pending = []
+    previous = signal.signal(signal.SIGINT, lambda *received: pending.append(received))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pending:
+        raise KeyboardInterrupt
+
+
+def scored(episode_return: float, reference: tuple[float, float] | None) -> dict[str, float | None]:
+    """A return beside its normalized score, which is None where the task has no reference returns."""
+    return {
+        "return": episode_return,
+        "score": normalized_score(episode_return, reference) if reference else None,
+    }
+
+
+def show(result: dict[str, float | None]) -> str:
+    """The score where there is one, else the return."""
+    return f"return {result['return']:.5g}" if result["score"] is None else f"score {result['score']:.1f}"
+
+
+def summarize(evaluations: list[dict], reference: tuple[float, float] | None) -> dict[str, dict]:
+    """The final evaluation, the best one (OMS) and the mean of the last ten (RAT)."""
+    means = [evaluation["return_mean"] for evaluation in evaluations]
+    values = (means[-1], max(means), float(np.mean(means[-10:]))) if means else ()
+    return {name: scored(value, reference) for name, value in zip(SUMMARY, values, strict=False)}
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write under a temporary name, then rename: nothing half-written ever bears the final name."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; make room or choose another --run-dir"
+        ) from error
+
+
+def load_checkpoint(path: Path, script: str) -> dict:
+    """What Run.save wrote, from the file or its run folder; only tensors and plain values are unpickled."""
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        written_by = checkpoint["script"]
+    except FileNotFoundError:
+        raise UserError(f"--resume: there is no checkpoint at {path}") from None
+    except Exception as error:  # whatever a damaged file provokes
+        raise UserError(
+            f"--resume: {path} is no checkpoint, or a damaged one ({type(error).__name__})"
+        ) from error
+    if written_by != script:
+        raise UserError(f"--resume: {path} was written by {written_by}.py; resume it with that script")
+    return checkpoint | {"folder": path.parent}
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """Versions and git commit, for config.json."""
+    here = Path(__file__).parent
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=here, capture_output=True, text=True)
+    machine = {"device": str(device), "git_commit": git.stdout.strip(), "python": platform.python_version()}
+    return machine | {name: metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+
+
+class Run:
+    """Settings, folder, logs and checkpoint of one run; `with run:` sees to its end, whatever that is.
+
+    args, device and step (finished updates) are there from the start, the folder after begin().
+    """
+
+    def __init__(self, script: str, args, defaults: dict, task_settings: dict[str, dict]):
+        """Resolve the settings; on resuming, those of the checkpoint, except where others are given now."""
+        self.script = script
+        self.checkpoint = load_checkpoint(Path(args.resume), script) if args.resume else {}
+        given = {name: value for name, value in vars(args).items() if value != getattr(type(args)(), name)}
+        args = type(args)(**self.checkpoint.get("args", {}) | given)
+        self.args, self.sources = resolve_settings(args, defaults, task_settings)
+        old_sources = self.checkpoint.get("sources", {})
+        self.sources |= {name: source for name, source in old_sources.items() if name not in given}
+        self.results = self.checkpoint.get("results", {"evaluations": [], "losses": {}, "train_seconds": 0.0})
+        self.step = self.checkpoint.get("step", 0)
+        if self.results.get("finished") and self.step >= self.args.total_steps:
+            raise UserError(
+                f"--resume: this run is finished, at step {self.step:,}; --total-steps can add more"
+            )
+        self.device = select_device(self.args.device)
+        keep_freed_memory()
+        torch.manual_seed(self.args.seed)
+
+    def begin(self, agent: nn.Module, dataset: Dataset) -> None:
+        """Restore agent and random state on resuming, open the folder, say what is trained on what."""
+        self.agent, self.reference = agent, dataset.reference_returns
+        if self.checkpoint:
+            self.restore()
+        args = self.args
+        now = time.strftime("%Y%m%d-%H%M%S")
+        name = f"{args.env_id.replace('/', '-')}__{self.script}__{args.seed}__{now}"
+        self.folder = self.checkpoint.get("folder", Path(args.run_dir) / name)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.folder}: {error.strerror}; choose another --run-dir"
+            ) from error
+        config = {"args": asdict(args), "sources": self.sources, **describe_machine(self.device)}
+        write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
+
+        returns = dataset.episode_returns
+        data = scored(returns.mean().item() if len(returns) else float("nan"), self.reference)
+        self.results |= {"format": 1, "script": self.script, "env_id": args.env_id, "seed": args.seed}
+        self.results |= {"data": dataset.task, "data_mean": data, "total_steps": args.total_steps}
+        counts = f"{len(dataset.rewards):,} transitions, {len(returns):,} episodes"
+        settings = [f"{name} {getattr(args, name)} ({source})" for name, source in self.sources.items()]
+        print(f"{self.script} on {dataset.task}: {counts}, mean {show(data)}")
+        print(f"  {', '.join(settings)}")
+        print(f"  {self.device}, seed {args.seed}, step {self.step:,} of {args.total_steps:,}, {self.folder}")
+        if self.reference is None:
+            print(f"  no reference returns are known for {args.env_id}: raw returns only")
+        self.history, self.logged = [], time.time()
+        self.started = time.time() - self.results["train_seconds"]
+        self.bar = tqdm(initial=self.step, total=args.total_steps, dynamic_ncols=True, disable=None)
+
+    def reached(self, every: int) -> bool:
+        """Whether this step is a multiple of `every`, or the last one."""
+        return self.step % every == 0 or self.step == self.args.total_steps
+
+    def record(self, losses: dict[str, Tensor]) -> None:
+        """Count one update and keep its losses, on the device."""
+        self.names = list(losses)
+        self.history.append(torch.stack(list(losses.values())))
+        self.step += 1
+        self.bar.update()
+
+    def log(self) -> None:
+        """The mean losses since the last call, to TensorBoard. UserError: a loss is not finite."""
+        if not self.history:
+            return
+        values = torch.stack(self.history).cpu()  # (steps, losses)
+        self.history.clear()
+        if not values.isfinite().all():
+            row, column = (~values.isfinite()).nonzero()[0].tolist()
+            found, at = values[row, column].item(), self.step - len(values) + 1 + row
+            advice = f"the last checkpoint in {self.folder} is from before; try a lower learning rate"
+            raise UserError(f"{self.names[column]} is {found} at step {at:,}; {advice}")
+        self.results["losses"] = dict(zip(self.names, values.mean(0).tolist(), strict=True))
+        for name, value in self.results["losses"].items():
+            self.writer.add_scalar(f"losses/{name}", value, self.step)
+        steps_per_second = len(values) / (time.time() - self.logged)
+        self.writer.add_scalar("charts/steps_per_second", steps_per_second, self.step)
+        self.logged = time.time()
+
+    def evaluation_due(self) -> bool:
+        """Whether this step ends with an evaluation that has not been made yet."""
+        done = max((evaluation["step"] for evaluation in self.results["evaluations"][-1:]), default=0)
+        return self.args.eval_episodes > 0 and self.step > done and self.reached(self.args.eval_every)
+
+    def add_evaluation(self, evaluation: dict) -> None:
+        """Log one evaluation, with its normalized score where there is one, and print its line."""
+        score = scored(evaluation["return_mean"], self.reference)["score"]
+        self.results["evaluations"].append({"step": self.step, "normalized_score": score, **evaluation})
+        for name, value in self.results["evaluations"][-1].items():
+            if isinstance(value, float):
+                self.writer.add_scalar(f"eval/{name}", value, self.step)
+        final, best, last_ten = map(show, summarize(self.results["evaluations"], self.reference).values())
+        spread = f"return {evaluation['return_mean']:.5g} +- {evaluation['return_std']:.4g}"
+        self.bar.set_postfix_str(final)
+        self.bar.write(f"step {self.step:,}: {spread}, {final} (best {best}, last ten {last_ten})")
+        self.logged = time.time()
+
+    def save(self, finished: bool = False) -> None:
+        """Write checkpoint.pt and results.json, once all losses so far are known to be finite."""
+        self.log()
+        self.results |= {"step": self.step, "finished": finished, "train_seconds": time.time() - self.started}
+        self.results |= summarize(self.results["evaluations"], self.reference)
+        state = {
+            "script": self.script,
+            "args": asdict(self.args),
+            "sources": self.sources,
+            "step": self.step,
+            "results": self.results,
+            "agent": self.agent.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.agent.optimizers.items()},
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(self.folder / "checkpoint.pt", buffer.getvalue())
+        write_atomically(self.folder / "results.json", json.dumps(self.results, indent=2).encode())
+
+    def restore(self) -> None:
+        """Put agent and random state back to where the checkpoint was written."""
+        try:
+            self.agent.load_state_dict(self.checkpoint["agent"])
+        except RuntimeError as error:
+            difference = str(error).splitlines()[1].strip()
+            raise UserError(f"--resume: the checkpoint does not fit: {difference}") from error
+        for name, optimizer in self.agent.optimizers.items():
+            optimizer.load_state_dict(self.checkpoint["optimizers"][name])
+        torch.set_rng_state(self.checkpoint["rng"])
+        if self.device.type == "cuda" and self.checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(self.checkpoint["cuda_rng"], self.device)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        """Save at the end and on Ctrl-C, close bar and log, print a summary."""
+        self.bar.close()
+        try:
+            if kind not in (None, KeyboardInterrupt):
+                return
+            self.save(finished=kind is None)
+        finally:
+            self.writer.close()
+        how = "finished" if kind is None else "stopped"
+        scores = [
+            f"{name.replace('_', ' ')} {show(self.results[name])}" for name in SUMMARY if name in self.results
+        ]
+        minutes = f"{self.results['train_seconds'] / 60:.1f} min"
+        print(f"{how} at step {self.step:,} after {minutes}: {', '.join(scores) or 'not evaluated'}")
+        print(f"  in {self.folder}" + ("" if kind is None else f"; go on with --resume {self.folder}"))
