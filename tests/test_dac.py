@@ -1,0 +1,287 @@
+"""dac.py piece by piece against tests/reference.py, closed forms, and a task that it must learn."""
+
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+import dac
+from common.datasets import BANDITS, bandit_mode
+
+CPU = torch.device("cpu")
+TASK = "bandit-corners-v0"
+SCHEDULES = {
+    "vp": reference.vp_schedule,
+    "linear": reference.linear_schedule,
+    "cosine": reference.cosine_schedule,
+}
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def small_agent(**options):
+    settings = dac.DEFAULT_SETTINGS | dict(hidden_dims=(16, 16), num_qs=3, num_q_samples=2) | options
+    torch.manual_seed(0)
+    return dac.DAC(obs_dim=4, action_dim=2, args=dac.Args(**settings), device=CPU)
+
+
+def random_batch(size=5):
+    return dac.Batch(
+        obs=torch.randn(size, 4),
+        action=torch.rand(size, 2) * 2 - 1,
+        reward=torch.randn(size),
+        next_obs=torch.randn(size, 4),
+        terminal=(torch.arange(size) % 2).to(torch.get_default_dtype()),
+    )
+
+
+@pytest.mark.parametrize("num_steps", [2, 5, 20])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_noise_schedule(name, num_steps):
+    beta, alpha_bar = dac.noise_schedule(name, num_steps)
+    np.testing.assert_allclose(beta, SCHEDULES[name](num_steps), rtol=1e-12)
+    np.testing.assert_allclose(alpha_bar, reference.alpha_bars(SCHEDULES[name](num_steps)), rtol=1e-12)
+    assert alpha_bar[0] == 1 and all(
+        earlier > later for earlier, later in zip(alpha_bar, alpha_bar[1:], strict=False)
+    )
+
+
+def test_add_noise(float64):
+    _, alpha_bar = dac.noise_schedule("vp", 5)
+    x_0, eps, t = torch.randn(6, 2), torch.randn(6, 2), torch.tensor([1, 2, 3, 4, 5, 1])
+    x_t = dac.add_noise(x_0, t, eps, torch.tensor(alpha_bar))
+    for row in range(6):
+        for dim in range(2):
+            expected = reference.noisy(x_0[row, dim].item(), eps[row, dim].item(), alpha_bar[t[row]])
+            assert x_t[row, dim].item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_ddpm_sample(float64, clip):
+    beta, alpha_bar = dac.noise_schedule("vp", 5)
+    sigma = [math.sqrt(value) for value in beta]
+    noise = torch.randn(5, 7, 1)
+    sample = dac.ddpm_sample(lambda x, t: torch.sin(x + t), noise, beta, alpha_bar, sigma, clip)
+    for row in range(7):
+        draws = noise[:, row, 0].tolist()
+        expected = reference.ancestral_sample(lambda x, t: math.sin(x + t), draws, beta, clip)
+        assert sample[row, 0].item() == pytest.approx(expected, abs=1e-12)
+
+
+def best_noise(alpha_bar, mean, std):
+    """E[eps | x_t] where x_0 is N(mean, std^2): the minimiser of the noise regression."""
+
+    def predict(x, t):
+        variance = alpha_bar[t] * std**2 + 1 - alpha_bar[t]
+        return math.sqrt(1 - alpha_bar[t]) * (x - math.sqrt(alpha_bar[t]) * mean) / variance
+
+    return predict
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("num_steps", [2, 5, 20])
+def test_ddpm_sample_is_exact_for_gaussian_data(float64, name, num_steps):
+    """With the best noise prediction, and sigma_t^2 = Var[x_{t-1} | x_t], the chain has the data's mean and
+    all of its variance but Var[x_0 | x_1], because the last step adds no noise. The chain is linear in its
+    noise: a row without noise gives the mean, a row per unit noise the variance, without Monte Carlo."""
+    mean, std = 0.3, 0.5
+    beta, alpha_bar = dac.noise_schedule(name, num_steps)
+    unexplained = [
+        1 / (1 / std**2 + bar / (1 - bar)) if bar < 1 else 0.0 for bar in alpha_bar
+    ]  # Var[x_0 | x_t]
+    sigma = [0.0]
+    for t in range(1, num_steps + 1):
+        x_0_weight = reference.posterior(1, 0, t, beta)[0]
+        sigma.append(math.sqrt(reference.posterior(0, 0, t, beta)[1] + x_0_weight**2 * unexplained[t]))
+
+    noise = torch.cat([torch.zeros(num_steps, 1), torch.eye(num_steps)], dim=1)  # (T, 1 + T)
+    last = alpha_bar[num_steps]  # start from the exact marginal of x_T, which is not quite N(0, 1)
+    noise[0] = math.sqrt(last) * mean + math.sqrt(last * std**2 + 1 - last) * noise[0]
+    predict_noise = best_noise(alpha_bar, mean, std)
+    sample = dac.ddpm_sample(predict_noise, noise.unsqueeze(2), beta, alpha_bar, sigma, clip=False).squeeze(1)
+    assert sample[0].item() == pytest.approx(mean, abs=1e-10)
+    variance = (sample[1:] - sample[0]).square().sum().item()
+    assert variance == pytest.approx(std**2 - unexplained[1], abs=1e-10)
+
+
+def test_ddim_sample_of_gaussian_data(float64):
+    """With the best noise prediction DDIM maps N(0, 1) onto the data, with an error that falls as 1 / T."""
+    mean, std, errors = 0.3, 0.5, []
+    for num_steps in (250, 500):
+        beta, alpha_bar = dac.noise_schedule("cosine", num_steps)
+        noise = torch.tensor([0.0, 1.0]).expand(num_steps, 2).unsqueeze(2)  # x_T = 0 and x_T = 1
+        predict_noise = best_noise(alpha_bar, mean, std)
+        low, high = dac.ddim_sample(predict_noise, noise, beta, alpha_bar, clip=False).squeeze(1).tolist()
+        errors.append(max(abs(low - mean), abs(high - low - std)))
+    assert errors[1] < 0.02 * std
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_mish_and_its_gradient(float64):
+    x = torch.cat([torch.linspace(-60, 60, 241), torch.tensor([0.0, 1e-9])]).requires_grad_()
+    np.testing.assert_allclose(
+        dac.mish(x).detach(), [reference.mish(value) for value in x.tolist()], atol=1e-13
+    )
+    assert torch.autograd.gradcheck(dac.mish, x)
+
+
+def test_networks(float64):
+    agent, batch = small_agent(), random_batch()
+    q = agent.critic(batch.obs, batch.action)
+    for h in range(3):
+        weights = [layer.weight[h].T.detach().numpy() for layer in agent.critic.layers]
+        biases = [layer.bias[h, 0].detach().numpy() for layer in agent.critic.layers]
+        for row in range(len(batch.obs)):
+            x = torch.cat([batch.obs[row], batch.action[row]]).numpy()
+            expected = reference.mlp(x, weights, biases, reference.mish)
+            np.testing.assert_allclose(q[h, row].item(), expected[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("max_q_backup", [False, True])
+@pytest.mark.parametrize("kind", ["lcb", "min", "convex"])
+def test_critic_loss(float64, kind, max_q_backup):
+    agent = small_agent(q_target=kind, rho=0.7, max_q_backup=max_q_backup)
+    batch, draws = random_batch(), agent.draw(5)
+    loss, _ = agent.critic_loss(batch, draws)
+    next_obs = batch.next_obs.repeat_interleave(2, dim=0)
+    next_action = agent.sample(agent.actor_target, next_obs, draws.next_action_noise)
+    next_q = agent.critic_target(next_obs, next_action).view(3, 5, 2)
+    q = agent.critic(batch.obs, batch.action)
+    errors = []
+    for row in range(5):
+        transition = batch.reward[row].item(), bool(batch.terminal[row]), agent.args.gamma
+        target = reference.ensemble_target(*transition, next_q[:, row].tolist(), kind, 0.7, max_q_backup)
+        errors += [(q[h, row].item() - target) ** 2 for h in range(3)]
+    assert loss.item() == pytest.approx(np.mean(errors), abs=1e-12)
+
+
+def test_q_gradient_is_a_row_by_row_derivative(float64):
+    agent, batch, step = small_agent(), random_batch(), 1e-6
+    gradient = agent.q_gradient(batch.obs, batch.action)
+    for dim in range(2):
+        shift = torch.zeros(2)
+        shift[dim] = step
+        above, below = (
+            agent.critic_target(batch.obs, batch.action + sign * shift).mean(0) for sign in (1, -1)
+        )
+        np.testing.assert_allclose(gradient[:, dim], (above - below).detach() / (2 * step), atol=1e-8)
+
+
+def test_gradients_stay_where_they_belong():
+    """Neither loss computes gradients for a network that it does not train."""
+    agent, batch = small_agent(q_guidance="denoised"), random_batch()
+    agent.update_critic(batch, agent.draw(5))
+    assert all(parameter.grad is None for parameter in agent.actor.parameters())
+    agent.critic.zero_grad()
+    agent.update_actor(batch, agent.draw(5))
+    assert all(parameter.grad is not None for parameter in agent.actor.parameters())
+    for network in (agent.critic, agent.critic_target, agent.actor_target):
+        assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_polyak_update_direction():
+    agent = small_agent()
+    before = agent.critic_target.layers[0].weight.clone()
+    agent.critic.layers[0].weight.data.add_(1.0)
+    dac.polyak_update(agent.critic_target, agent.critic, 0.25)
+    torch.testing.assert_close(agent.critic_target.layers[0].weight, before + 0.25)
+
+
+def test_target_actor_moves_every_fifth_step_after_the_first_thousand():
+    agent = small_agent()
+    moved = [step for step in range(998, 1021) if agent.set_step(step) or agent.actor_tau > 0]
+    assert moved == [1005, 1010, 1015, 1020]
+
+
+def test_learning_rates_fall_along_a_cosine_to_zero():
+    agent = small_agent(lr_decay_steps=100, actor_lr=1.0, critic_lr=2.0)
+    rates = []
+    for step in (0, 50, 100, 150):
+        agent.set_step(step)
+        rates.append([agent.optimizers[name].param_groups[0]["lr"].item() for name in ("actor", "critic")])
+    np.testing.assert_allclose(rates, [[1, 2], [0.5, 1], [0, 0], [0, 0]], atol=1e-6)
+
+
+def test_eta_follows_the_constraint_within_its_bounds():
+    batch = random_batch()
+    for threshold, expected in ((-100.0, 1.1), (100.0, 0.9)):  # far below and far above any loss: a full step
+        agent = small_agent(eta=1.0, eta_lr=0.1, bc_threshold=threshold)
+        agent.update_actor(batch, agent.draw(5))
+        assert agent.eta.item() == pytest.approx(expected)
+    for threshold, expected in ((-100.0, 1.05), (100.0, 0.95)):
+        agent = small_agent(eta=1.0, eta_lr=0.1, bc_threshold=threshold, eta_min=0.95, eta_max=1.05)
+        agent.update_actor(batch, agent.draw(5))
+        assert agent.eta.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "guided"])
+def test_act_takes_the_best_of_its_candidates(sampler):
+    agent, obs = small_agent(num_action_samples=7, sampler=sampler), torch.randn(5, 4)
+    noise = torch.randn(agent.args.diffusion_steps, 35, 2)
+    action = agent.act(obs, noise)
+    with torch.no_grad():
+        candidates = agent.sample(agent.actor, obs.repeat_interleave(7, dim=0), noise).view(5, 7, 2)
+        q = torch.stack([agent.critic_target(obs, candidates[:, j]).mean(0) for j in range(7)])  # (7, 5)
+    torch.testing.assert_close(action, candidates[torch.arange(5), q.argmax(0)])
+    assert action.abs().max() <= 1
+
+
+def test_act_with_a_temperature_draws_among_the_candidates():
+    agent = small_agent(num_action_samples=4, action_temperature=1.0)
+    obs, noise = torch.randn(1, 4), torch.randn(agent.args.diffusion_steps, 4, 2)
+    actions = torch.cat([agent.act(obs, noise) for _ in range(40)])
+    assert len(actions.unique(dim=0)) > 1
+
+
+@pytest.mark.slow
+def test_compiled_update_equals_eager():
+    """--compile changes rounding only. Slow, and it needs a C++ compiler."""
+    losses = []
+    for compiled in (False, True):
+        agent = small_agent()
+        if compiled:
+            for network in agent.children():
+                network.compile()
+        torch.manual_seed(1)
+        data = random_batch(50)
+        for step in range(3):
+            agent.set_step(step)
+            metrics = agent.update(data)
+        losses.append([value.item() for value in metrics.values()])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3, atol=1e-5)
+
+
+def sampled_actions(tmp_path, monkeypatch, **options):
+    """Train on the four corners, then 1000 actions of the policy."""
+    agents = []
+
+    class Recorded(dac.DAC):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            agents.append(self)
+
+    monkeypatch.setattr(dac, "DAC", Recorded)
+    args = dac.Args(env_id=TASK, run_dir=str(tmp_path), total_steps=1000, eval_episodes=0, **options)
+    dac.train(args)
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    return agents[0].act(torch.zeros(1000, 1)).numpy()
+
+
+def test_dac_learns_the_best_mode_of_a_bandit(tmp_path, monkeypatch):
+    """The best corner holds a sixth of the data. Behaviour cloning leaves it at that, DAC moves onto it."""
+    best_corner = BANDITS[TASK][-1]
+    actions = sampled_actions(tmp_path, monkeypatch)
+    assert (np.linalg.norm(actions - best_corner, axis=1) < 0.25).mean() > 0.7
+
+    actions = sampled_actions(tmp_path, monkeypatch, q_guidance="none", num_action_samples=1)
+    assert (np.linalg.norm(actions - best_corner, axis=1) < 0.25).mean() < 0.25
+    counts = np.bincount(bandit_mode(TASK, actions), minlength=4)
+    assert counts.min() > 100  # all four corners are still there
