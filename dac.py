@@ -59,9 +59,7 @@ class Args:
     log_every: int = 500  # steps between two points of the loss curves, each the mean over these steps
     save_every: int = 10_000  # steps between checkpoints
     run_dir: str = "runs"  # folder that receives one folder per run
-    resume: str | None = (
-        None  # continue this checkpoint or run folder with its arguments; those given here win
-    )
+    resume: str | None = None  # go on from this checkpoint or run folder; arguments given here beat its own
 
     # --- DAC ---
     diffusion_steps: int | None = None  # denoising steps, T
@@ -72,9 +70,7 @@ class Args:
     hidden_dims: tuple[int, ...] | None = None  # hidden units per layer of the actor and of each critic
     time_dim: int = 16  # features of the timestep
     num_qs: int | None = None  # critics in the ensemble, H
-    q_target: Literal["lcb", "min", "convex", "rand_convex"] = (
-        "lcb"  # ensemble to one value; lcb: mean - rho * std
-    )
+    q_target: Literal["lcb", "min", "convex", "rand_convex"] = "lcb"  # from num_qs values to one, Eq. 4
     rho: float | None = None  # pessimism of lcb; share of the minimum for convex, in [0, 1]
     num_q_samples: int | None = None  # actions sampled per next state for the target value
     max_q_backup: bool | None = None  # take the best of the sampled next actions instead of their mean

@@ -191,8 +191,7 @@ class Run:
         given = {name: value for name, value in vars(args).items() if value != getattr(type(args)(), name)}
         args = type(args)(**self.checkpoint.get("args", {}) | given)
         self.args, self.sources = resolve_settings(args, defaults, task_settings)
-        old_sources = self.checkpoint.get("sources", {})
-        self.sources |= {name: source for name, source in old_sources.items() if name not in given}
+        self.sources |= self.checkpoint.get("sources", {}) | dict.fromkeys(given, "given")
         self.results = self.checkpoint.get("results", {"evaluations": [], "losses": {}, "train_seconds": 0.0})
         self.step = self.checkpoint.get("step", 0)
         if self.results.get("finished") and self.step >= self.args.total_steps:
@@ -224,12 +223,13 @@ class Run:
 
         returns = dataset.episode_returns
         data = scored(returns.mean().item() if len(returns) else float("nan"), self.reference)
-        self.results |= {"format": 1, "script": self.script, "env_id": args.env_id, "seed": args.seed}
-        self.results |= {"data": dataset.task, "data_mean": data, "total_steps": args.total_steps}
+        about = {"format": 1, "script": self.script, "env_id": args.env_id, "seed": args.seed}
+        self.results = about | {"data": dataset.task, "data_mean": data} | self.results
         counts = f"{len(dataset.rewards):,} transitions, {len(returns):,} episodes"
-        settings = [f"{name} {getattr(args, name)} ({source})" for name, source in self.sources.items()]
         print(f"{self.script} on {dataset.task}: {counts}, mean {show(data)}")
-        print(f"  {', '.join(settings)}")
+        for source in ("given", "task", "default"):
+            names = [name for name in self.sources if self.sources[name] == source]
+            print(f"  {source}: {', '.join(f'{name} {getattr(args, name)}' for name in names)}")
         print(f"  {self.device}, seed {args.seed}, step {self.step:,} of {args.total_steps:,}, {self.folder}")
         if self.reference is None:
             print(f"  no reference returns are known for {args.env_id}: raw returns only")
@@ -287,7 +287,8 @@ class Run:
     def save(self, finished: bool = False) -> None:
         """Write checkpoint.pt and results.json, once all losses so far are known to be finite."""
         self.log()
-        self.results |= {"step": self.step, "finished": finished, "train_seconds": time.time() - self.started}
+        self.results |= {"step": self.step, "total_steps": self.args.total_steps, "finished": finished}
+        self.results |= {"train_seconds": time.time() - self.started}
         self.results |= summarize(self.results["evaluations"], self.reference)
         state = {
             "script": self.script,
