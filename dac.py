@@ -98,7 +98,7 @@ DEFAULT_SETTINGS = dict(
     eta=1.0, eta_lr=1e-3, bc_threshold=1.0, rho=1.0,
 )
 # Ours, to learn in minutes on a CPU.
-MINI = dict(total_steps=20_000, eval_every=4_000, tau=0.03, hidden_dims=(128, 128, 128),
+MINI = dict(total_steps=12_000, eval_every=3_000, tau=0.03, hidden_dims=(128, 128, 128),
             actor_lr=1e-3, critic_lr=1e-3, num_qs=2, num_q_samples=1, eta=0.3, eta_lr=0.0)
 BANDIT = dict(total_steps=1_500, eval_every=500, diffusion_steps=10, hidden_dims=(128, 128, 128),
               actor_lr=3e-3, critic_lr=3e-3, num_qs=2, num_q_samples=1, eta=3.0, eta_lr=0.0)

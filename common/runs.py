@@ -11,9 +11,12 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -26,12 +29,17 @@ from tqdm import tqdm
 from common.datasets import Dataset, UserError
 from common.scores import normalized_score
 
-COUNTS = ["total_steps", "batch_size", "eval_every", "log_every", "save_every", "diffusion_steps"]
+# Smallest and largest values that make sense; every num_* is at least 1, too.
+LEAST = {"seed": 0, "eval_episodes": 0, "gamma": 0, "tau": 0, "actor_lr": 0, "critic_lr": 0}
+LEAST |= {"total_steps": 1, "batch_size": 1, "eval_every": 1, "log_every": 1, "save_every": 1}
+LEAST |= {"diffusion_steps": 1, "actor_target_every": 1, "lr_decay_steps": 1}
+MOST = {"seed": 2**63 - 1, "gamma": 1, "tau": 1}
 SUMMARY = ("final", "best", "last_ten")
 
 
 def run_command(train: Callable, args: object) -> None:
     """Run train(args) as a command: exit code 2 with one message for a user's mistake, 130 after Ctrl-C."""
+    threading.excepthook = report_thread
     try:
         train(args)
     except UserError as error:
@@ -39,6 +47,23 @@ def run_command(train: Callable, args: object) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def report_thread(failure: threading.ExceptHookArgs) -> None:
+    """Keep quiet on a full disk in TensorBoard's thread: the main thread will meet it too, and reports it."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
+
+
+def given_arguments(args) -> dict[str, object]:
+    """The arguments that somebody gave: they differ from the default or stand on the command line."""
+    words = {word.split("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv[1:]}
+    defaults = vars(type(args)())
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if value != defaults[name] or f"--{name.replace('_', '-')}" in words
+    }
 
 
 def resolve_settings(args, defaults: dict, task_settings: dict[str, dict]) -> tuple[object, dict[str, str]]:
@@ -53,8 +78,10 @@ def resolve_settings(args, defaults: dict, task_settings: dict[str, dict]) -> tu
             sources[name] = "task" if name in of_task else "default"
     args = replace(args, **values)
     for name, value in vars(args).items():
-        if (name in COUNTS or name.startswith("num_")) and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        least, most = LEAST.get(name, 1 if name.startswith("num_") else None), MOST.get(name, value)
+        if None not in (least, value) and not least <= value <= most:
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {bound}")
     return args, sources
 
 
@@ -148,15 +175,20 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; make room or choose another --run-dir"
-        ) from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}; make room or choose another --run-dir")
 
 
 def load_checkpoint(path: Path, script: str) -> dict:
     """What Run.save wrote, from the file or its run folder; only tensors and plain values are unpickled."""
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         written_by = checkpoint["script"]
     except FileNotFoundError:
@@ -188,7 +220,9 @@ class Run:
         """Resolve the settings; on resuming, those of the checkpoint, except where others are given now."""
         self.script = script
         self.checkpoint = load_checkpoint(Path(args.resume), script) if args.resume else {}
-        given = {name: value for name, value in vars(args).items() if value != getattr(type(args)(), name)}
+        given = given_arguments(args)
+        if unknown := self.checkpoint.get("args", {}).keys() - vars(args):
+            raise UserError(f"--resume: the checkpoint is of another version, with {', '.join(unknown)}")
         args = type(args)(**self.checkpoint.get("args", {}) | given)
         self.args, self.sources = resolve_settings(args, defaults, task_settings)
         self.sources |= self.checkpoint.get("sources", {}) | dict.fromkeys(given, "given")
@@ -208,25 +242,24 @@ class Run:
         if self.checkpoint:
             self.restore()
         args = self.args
-        now = time.strftime("%Y%m%d-%H%M%S")
+        now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # runs that start together have their own folders
         name = f"{args.env_id.replace('/', '-')}__{self.script}__{args.seed}__{now}"
         self.folder = self.checkpoint.get("folder", Path(args.run_dir) / name)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=bool(self.checkpoint))
             self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
         except OSError as error:
-            raise UserError(
-                f"cannot write {self.folder}: {error.strerror}; choose another --run-dir"
-            ) from error
+            raise cannot_write(self.folder, error) from error
         config = {"args": asdict(args), "sources": self.sources, **describe_machine(self.device)}
         write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
 
         returns = dataset.episode_returns
-        data = scored(returns.mean().item() if len(returns) else float("nan"), self.reference)
+        unknown = {"return": None, "score": None}  # no complete episode
+        data = scored(returns.mean().item(), self.reference) if len(returns) else unknown
         about = {"format": 1, "script": self.script, "env_id": args.env_id, "seed": args.seed}
         self.results = about | {"data": dataset.task, "data_mean": data} | self.results
         counts = f"{len(dataset.rewards):,} transitions, {len(returns):,} episodes"
-        print(f"{self.script} on {dataset.task}: {counts}, mean {show(data)}")
+        print(f"{self.script} on {dataset.task}: {counts}, mean {show(data) if len(returns) else 'unknown'}")
         for source in ("given", "task", "default"):
             names = [name for name in self.sources if self.sources[name] == source]
             print(f"  {source}: {', '.join(f'{name} {getattr(args, name)}' for name in names)}")
@@ -257,14 +290,23 @@ class Run:
         if not values.isfinite().all():
             row, column = (~values.isfinite()).nonzero()[0].tolist()
             found, at = values[row, column].item(), self.step - len(values) + 1 + row
-            advice = f"the last checkpoint in {self.folder} is from before; try a lower learning rate"
+            advice = "try a lower learning rate"
+            if (self.folder / "checkpoint.pt").exists():
+                advice += f"; the checkpoint in {self.folder} is from before"
             raise UserError(f"{self.names[column]} is {found} at step {at:,}; {advice}")
         self.results["losses"] = dict(zip(self.names, values.mean(0).tolist(), strict=True))
-        for name, value in self.results["losses"].items():
-            self.writer.add_scalar(f"losses/{name}", value, self.step)
-        steps_per_second = len(values) / (time.time() - self.logged)
-        self.writer.add_scalar("charts/steps_per_second", steps_per_second, self.step)
+        self.add_to_curves("losses", self.results["losses"])
+        self.add_to_curves("charts", {"steps_per_second": len(values) / (time.time() - self.logged)})
         self.logged = time.time()
+
+    def add_to_curves(self, group: str, values: dict) -> None:
+        """Write the values that are floats to TensorBoard."""
+        try:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self.writer.add_scalar(f"{group}/{name}", value, self.step)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
 
     def evaluation_due(self) -> bool:
         """Whether this step ends with an evaluation that has not been made yet."""
@@ -275,9 +317,7 @@ class Run:
         """Log one evaluation, with its normalized score where there is one, and print its line."""
         score = scored(evaluation["return_mean"], self.reference)["score"]
         self.results["evaluations"].append({"step": self.step, "normalized_score": score, **evaluation})
-        for name, value in self.results["evaluations"][-1].items():
-            if isinstance(value, float):
-                self.writer.add_scalar(f"eval/{name}", value, self.step)
+        self.add_to_curves("eval", {"normalized_score": score, **evaluation})
         final, best, last_ten = map(show, summarize(self.results["evaluations"], self.reference).values())
         spread = f"return {evaluation['return_mean']:.5g} +- {evaluation['return_std']:.4g}"
         self.bar.set_postfix_str(final)
@@ -314,7 +354,8 @@ class Run:
             difference = str(error).splitlines()[1].strip()
             raise UserError(f"--resume: the checkpoint does not fit: {difference}") from error
         for name, optimizer in self.agent.optimizers.items():
-            optimizer.load_state_dict(self.checkpoint["optimizers"][name])
+            own = optimizer.state_dict()["param_groups"]  # of this device and these arguments
+            optimizer.load_state_dict(self.checkpoint["optimizers"][name] | {"param_groups": own})
         torch.set_rng_state(self.checkpoint["rng"])
         if self.device.type == "cuda" and self.checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(self.checkpoint["cuda_rng"], self.device)
@@ -328,9 +369,11 @@ class Run:
         try:
             if kind not in (None, KeyboardInterrupt):
                 return
-            self.save(finished=kind is None)
+            with uninterrupted():
+                self.save(finished=kind is None)
         finally:
-            self.writer.close()
+            with contextlib.suppress(OSError):  # of a full disk, which save() or add_to_curves() reported
+                self.writer.close()
         how = "finished" if kind is None else "stopped"
         scores = [
             f"{name.replace('_', ' ')} {show(self.results[name])}" for name in SUMMARY if name in self.results

@@ -1,0 +1,609 @@
+"""What a run does and leaves: determinism, resuming, Ctrl-C, its folder, its settings, and clear failures."""
+
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_datasets import flags, write
+from test_siblings import fields_of_args
+
+import dac
+from common.datasets import Bandit, UserError
+from common.runs import resolve_settings, run_command, summarize
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "env_id": "bandit-moons-v0",
+    "hidden_dims": (16, 16),
+    "num_qs": 2,
+    "num_q_samples": 2,
+    "diffusion_steps": 3,
+    "eta_lr": 0.01,
+    "batch_size": 32,
+    "total_steps": 60,
+    "lr_decay_steps": 60,
+    "eval_every": 10,
+    "eval_episodes": 2,
+    "log_every": 10,
+    "save_every": 20,
+    "actor_target_start": 5,
+    "actor_target_every": 2,
+}
+
+
+def train(run_dir, **changes):
+    """A run of 60 steps, a second at most; returns its folder."""
+    dac.train(dac.Args(**TINY | {"run_dir": str(run_dir)} | changes))
+    return folder_in(run_dir)
+
+
+def resume(folder, **changes):
+    dac.train(dac.Args(resume=str(folder), **changes))
+
+
+def folder_in(run_dir):
+    [folder] = Path(run_dir).iterdir()
+    return folder
+
+
+def load(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def evaluations_of(folder):
+    """All of every evaluation but the seconds it took."""
+    return [{**each, "seconds": None} for each in results_of(folder)["evaluations"]]
+
+
+def curves_of(folder):
+    """Tag -> list of (step, value), from the TensorBoard events."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+def assert_same_state(folder, other):
+    """Networks, targets, eta, optimizers and random state are equal, bit for bit."""
+    for part in ("agent", "optimizers", "rng", "step"):
+        torch.testing.assert_close(load(folder)[part], load(other)[part], rtol=0, atol=0)
+
+
+def assert_same_run(folder, other):
+    assert_same_state(folder, other)
+    assert evaluations_of(folder) == evaluations_of(other)
+    assert results_of(folder)["losses"] == results_of(other)["losses"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run of 60 steps; not to be changed."""
+    return train(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def resolved(**arguments):
+    """Arguments and their sources, of a tiny run or for the arguments given here."""
+    return resolve_settings(dac.Args(**arguments or TINY), dac.DEFAULT_SETTINGS, dac.TASK_SETTINGS)
+
+
+def count_calls(monkeypatch, owner, name, at):
+    """Raise at[n], or call it if it is a function, before the n-th call of a method; returns all calls."""
+    original, calls = getattr(owner, name), []
+
+    def counted(*args):
+        calls.append(args)
+        event = at.get(len(calls))
+        if isinstance(event, BaseException):
+            raise event
+        if event:
+            event()
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def command(*arguments, limit=None, **options):
+    """`python dac.py ...` as a process; limit: bytes that a file may have, as on a full disk."""
+
+    def prepare():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells have background processes ignore it
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.Popen(
+        [sys.executable, ROOT / "dac.py", *map(str, arguments)],
+        preexec_fn=prepare, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
+
+
+def finish(process):
+    """Exit code, stdout and stderr of a process."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def tiny_flags(**changes):
+    words = []
+    for name, value in {**TINY, **changes}.items():
+        words += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
+    return words
+
+
+# --- Determinism ---
+def test_same_seed_same_run(finished, tmp_path):
+    assert_same_run(finished, train(tmp_path))
+
+
+def test_other_seed_other_run(finished, tmp_path):
+    other = train(tmp_path, seed=1)
+    assert results_of(other)["losses"] != results_of(finished)["losses"]
+    assert not torch.equal(load(other)["rng"], load(finished)["rng"])
+    for name in ("actor.layers.0.weight", "critic.layers.0.weight"):
+        assert not torch.equal(load(other)["agent"][name], load(finished)["agent"][name])
+
+
+def test_watching_does_not_change_the_training(finished, tmp_path):
+    other = train(tmp_path, eval_every=7, eval_episodes=3, log_every=4, save_every=9)
+    assert_same_state(finished, other)
+    assert [each["step"] for each in evaluations_of(other)] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
+
+
+def test_every_evaluation_draws_the_same_numbers():
+    agent = dac.DAC(1, 2, resolved()[0], torch.device("cpu"))
+    envs = [Bandit("bandit-moons-v0") for _ in range(3)]
+    torch.manual_seed(1)
+    first = dac.evaluate(agent, envs)["returns"]
+    assert torch.equal(torch.rand(5), torch.rand(5, generator=torch.Generator().manual_seed(1)))
+    assert dac.evaluate(agent, envs)["returns"] == first
+    assert len(set(first)) > 1  # though not for every episode of one evaluation
+
+
+def test_learning_rates_follow_the_steps(finished):
+    for name, optimizer in load(finished)["optimizers"].items():
+        first_rate = getattr(resolved()[0], f"{name}_lr")
+        last_rate = first_rate * (1 + math.cos(math.pi * 59 / 60)) / 2
+        assert float(optimizer["param_groups"][0]["lr"]) == pytest.approx(last_rate)
+
+
+# --- Resuming ---
+def test_resume_is_exact(finished, tmp_path):
+    folder = train(tmp_path, total_steps=30)
+    resume(folder, total_steps=60)
+    assert_same_run(folder, finished)
+    assert folder_in(tmp_path) == folder
+    ours, theirs = curves_of(folder), curves_of(finished)
+    assert ours.keys() == theirs.keys()
+    for tag in ours.keys() - {"charts/steps_per_second", "eval/seconds"}:
+        assert ours[tag] == theirs[tag], tag
+
+
+def test_resume_after_a_crash(finished, tmp_path, monkeypatch):
+    """The steps after the last checkpoint are made again; the curves show them once."""
+    updates = count_calls(monkeypatch, dac.DAC, "update", at={36: RuntimeError("power cut")})
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path)
+    folder = folder_in(tmp_path)
+    assert load(folder)["step"] == 20
+    resume(folder)
+    assert len(updates) == 36 + 40
+    assert_same_run(folder, finished)
+    assert curves_of(folder)["losses/actor_loss"] == curves_of(finished)["losses/actor_loss"]
+
+
+def test_resume_after_ctrl_c_in_an_update(finished, tmp_path, monkeypatch, capsys):
+    count_calls(monkeypatch, dac.DAC, "update_actor", at={35: lambda: signal.raise_signal(signal.SIGINT)})
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path)
+    folder = folder_in(tmp_path)
+    assert load(folder)["step"] == 35  # the update that was under way is whole
+    assert results_of(folder)["finished"] is False
+    summary = capsys.readouterr().out.splitlines()[-2:]
+    assert re.match(r"stopped at step 35 after 0.\d min: final score ", summary[0])
+    assert summary[1] == f"  in {folder}; go on with --resume {folder}"
+    resume(folder / "checkpoint.pt")
+    assert_same_run(folder, finished)
+
+
+def test_resume_after_ctrl_c_in_an_evaluation(finished, tmp_path, monkeypatch):
+    count_calls(monkeypatch, Bandit, "step", at={6: KeyboardInterrupt()})  # in the third evaluation
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path)
+    folder = folder_in(tmp_path)
+    assert [each["step"] for each in evaluations_of(folder)] == [10, 20]
+    assert load(folder)["step"] == 30
+    resume(folder)
+    assert_same_run(folder, finished)
+
+
+def test_given_arguments_win_over_those_of_the_checkpoint(tmp_path):
+    folder = train(tmp_path, gamma=0.5, log_every=3)
+    code, *_ = finish(command("--resume", folder, "--total-steps", 70, "--gamma", 0.99))
+    assert code == 0
+    config = json.loads((folder / "config.json").read_text())
+    expected = {"total_steps": 70, "gamma": 0.99, "log_every": 3, "hidden_dims": [16, 16]}
+    assert {name: config["args"][name] for name in expected} == expected
+    assert config["sources"].items() >= resolved()[1].items()  # as they were
+    assert load(folder)["step"] == results_of(folder)["total_steps"] == 70
+
+
+# --- Settings ---
+def test_given_beats_task_beats_default():
+    args, sources = resolved(env_id="halfcheetah-medium-expert-v2", eta=0.5)
+    assert (args.eta, sources["eta"]) == (0.5, "given")
+    assert (args.bc_threshold, sources["bc_threshold"]) == (0.1, "task")
+    assert (args.rho, sources["rho"]) == (0.0, "task")  # not None, though false
+    assert (args.num_qs, sources["num_qs"]) == (dac.DEFAULT_SETTINGS["num_qs"], "default")
+    args, sources = resolved(env_id="own-v0")
+    assert set(sources.values()) == {"default"}
+    assert dac.DEFAULT_SETTINGS.items() <= vars(args).items()
+
+
+# --- The run folder ---
+def test_files(finished):
+    names = sorted(path.name.split(".")[0] for path in finished.rglob("*"))
+    assert names == ["checkpoint", "config", "events", "results"]
+    assert finished.name.startswith("bandit-moons-v0__dac__0__2")
+
+
+def test_config(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["args"].keys() == {field.name for field in fields(dac.Args)}
+    args, sources = resolved()
+    assert config["args"]["num_qs"] == args.num_qs == 2
+    assert config["args"]["rho"] == args.rho
+    assert config["sources"].items() >= sources.items()
+    assert config["torch"] == torch.__version__
+    assert {"device", "git_commit", "python", "numpy", "gymnasium", "mujoco"} <= config.keys()
+
+
+@pytest.mark.parametrize("means", [[20, *range(10)], [*range(10), 20], [3]])
+def test_final_best_and_last_ten(means):
+    summary = summarize([{"return_mean": mean} for mean in means], (0, 50))
+    expected = {"final": means[-1], "best": max(means), "last_ten": np.mean(means[-10:])}
+    assert summary == {name: {"return": mean, "score": 2 * mean} for name, mean in expected.items()}
+
+
+def test_results(finished):
+    results = results_of(finished)
+    evaluations = results["evaluations"]
+    assert [each["step"] for each in evaluations] == [10, 20, 30, 40, 50, 60]
+    for each in evaluations:
+        assert each["return_mean"] == pytest.approx(np.mean(each["returns"]))
+        assert len(each["returns"]) == 2
+        assert each["return_std"] == pytest.approx(np.std(each["returns"]))
+        assert each["normalized_score"] == 100 * each["return_mean"]
+        assert (each["length_mean"], each["first_seed"]) == (1, dac.EVAL_SEED)
+    summary = {name: results[name] for name in ("final", "best", "last_ten")}
+    assert summary == summarize(evaluations, (0, 1))
+    assert results["format"] == 1
+    assert (results["script"], results["env_id"], results["seed"]) == ("dac", "bandit-moons-v0", 0)
+    assert (results["step"], results["total_steps"], results["finished"]) == (60, 60, True)
+    assert results["data_mean"]["score"] == pytest.approx(100 * results["data_mean"]["return"])
+    assert 0.1 < results["data_mean"]["return"] < 0.5
+    assert 0 < results["train_seconds"] < 60
+
+
+def test_curves(finished, tmp_path):
+    curves, results = curves_of(finished), results_of(finished)
+    losses = {tag.removeprefix("losses/"): points for tag, points in curves.items() if "losses/" in tag}
+    assert {"critic_loss", "actor_loss", "bc_loss", "guidance_loss", "eta", "q_mean"} <= losses.keys()
+    assert {name: points[-1][1] for name, points in losses.items()} == pytest.approx(results["losses"])
+    steps = [10, 20, 30, 40, 50, 60]
+    assert all([step for step, _ in points] == steps for points in curves.values())
+    scores = [each["normalized_score"] for each in results["evaluations"]]
+    assert [value for _, value in curves["eval/normalized_score"]] == pytest.approx(scores)
+    assert curves.keys() >= {"eval/return_mean", "eval/return_std", "eval/length_mean", "eval/seconds"}
+    assert all(value > 0 for _, value in curves["charts/steps_per_second"])
+    # A point is the mean since the last one.
+    every_step = curves_of(train(tmp_path, log_every=1))["losses/critic_loss"]
+    assert np.mean([value for _, value in every_step[-10:]]) == pytest.approx(
+        results["losses"]["critic_loss"]
+    )
+
+
+def test_two_runs_that_start_together_have_two_folders(tmp_path):
+    for _ in range(3):
+        dac.train(dac.Args(**TINY | {"run_dir": str(tmp_path), "total_steps": 1}))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_without_evaluation(tmp_path, capsys):
+    """Also where there is no environment to evaluate in."""
+    data = write(
+        tmp_path / "maze.hdf5",
+        observations=np.random.default_rng(0).normal(size=(10, 29)),
+        actions=np.zeros((10, 8)),
+        terminals=flags(3, 7),
+    )
+    folder = train(tmp_path / "runs", env_id="antmaze-umaze-v0", dataset=data, eval_episodes=0)
+    results = results_of(folder)
+    assert results["evaluations"] == []
+    assert not {"final", "best", "last_ten"} & results.keys()
+    assert (results["step"], results["finished"]) == (60, True)
+    assert not any(tag.startswith("eval/") for tag in curves_of(folder))
+    assert capsys.readouterr().out.splitlines()[-2].endswith(": not evaluated")
+
+
+def test_data_without_a_complete_episode(tmp_path):
+    """There is no mean return then, and results.json is still what other programs take for JSON."""
+    data = write(tmp_path / "data.hdf5", rewards=np.ones(10), terminals=flags())
+    arguments = {"env_id": "hopper-medium-v2", "dataset": data, "reward_tune": "none", "eval_episodes": 0}
+    folder = train(tmp_path / "runs", **arguments)
+    json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_batches_larger_than_the_data(tmp_path):
+    data = write(tmp_path / "data.hdf5", terminals=flags(3, 7))
+    folder = train(tmp_path / "runs", env_id="hopper-medium-v2", dataset=data, eval_episodes=0, batch_size=50)
+    assert results_of(folder)["finished"]
+
+
+# --- Mistakes ---
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"env_id": "bandit-moon-v0"}, "unknown task 'bandit-moon-v0'; nearest names: bandit-moons-v0"),
+        ({"env_id": "antmaze-umaze-v0", "dataset": "none.hdf5"}, "no such file: none.hdf5"),
+        ({"batch_size": 0}, "--batch-size is 0; it must be at least 1"),
+        ({"batch_size": -3}, "--batch-size is -3"),
+        ({"total_steps": 0}, "--total-steps is 0"),
+        ({"eval_every": 0}, "--eval-every is 0"),
+        ({"log_every": 0}, "--log-every is 0"),
+        ({"save_every": -1}, "--save-every is -1"),
+        ({"num_qs": 0}, "--num-qs is 0"),
+        ({"diffusion_steps": 0}, "--diffusion-steps is 0"),
+        ({"reward_tune": "fair"}, "unknown reward rule 'fair'; choose from none, iql_locomotion"),
+        ({"device": "tpu"}, "--device tpu is not available: .*; try --device cpu"),
+        ({"device": "cuda:99"}, "--device cuda:99 is not available: .*; try --device cpu"),
+        ({"resume": "none"}, "--resume: there is no checkpoint at none"),
+    ],
+)
+def test_mistakes(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "runs", **changes)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("eval_episodes", -1),
+        ("seed", -1),
+        ("gamma", 1.5),
+        ("tau", -0.1),
+        ("actor_target_every", 0),
+        ("lr_decay_steps", 0),
+        ("actor_lr", -1.0),
+    ],
+)
+def test_numbers_out_of_range(argument, value, tmp_path):
+    with pytest.raises(UserError, match=f"--{argument.replace('_', '-')} is {value}"):
+        train(tmp_path / "runs", **{argument: value})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_no_cuda(tmp_path):
+    with pytest.raises(UserError, match="--device cuda is not available: .*; try --device cpu"):
+        train(tmp_path, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("changes", "env_id", "message"),
+    [
+        (
+            {"rewards": np.full(10, np.nan)},
+            "hopper-medium-v2",
+            "rewards has NaN or infinity in 10 rows, first 0",
+        ),
+        ({}, "bandit-moons-v0", "observations of size 11 and actions of size 3, .* 1 and 2"),
+        ({}, "antmaze-umaze-v0", "evaluation of antmaze-umaze-v0 .*; --eval-episodes 0 trains without"),
+    ],
+)
+def test_data_that_cannot_be_used(changes, env_id, message, tmp_path):
+    data = write(tmp_path / "data.hdf5", terminals=flags(3, 7), **changes)
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "runs", env_id=env_id, dataset=data)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_in_the_way_of_the_run_folder(tmp_path):
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/runs.*choose another --run-dir"):
+        train(tmp_path / "runs")
+    assert (tmp_path / "runs").read_text() == "mine"
+
+
+def break_critic_loss(monkeypatch, step):
+    """Make the loss of that step infinite."""
+    calls, original = [], dac.DAC.critic_loss
+
+    def critic_loss(agent, batch, draws):
+        calls.append(batch)
+        if len(calls) == step:
+            batch = batch._replace(reward=batch.reward + math.inf)
+        return original(agent, batch, draws)
+
+    monkeypatch.setattr(dac.DAC, "critic_loss", critic_loss)
+
+
+@pytest.mark.parametrize("save_every", [16, 13])  # first seen when the losses are logged, when they are saved
+def test_a_loss_that_is_not_finite(save_every, finished, tmp_path, monkeypatch):
+    """The run ends, and the last good checkpoint can be resumed."""
+    break_critic_loss(monkeypatch, step=38)
+    message = r"critic_loss is inf at step 38\b.* the .*checkpoint in .* is from before"
+    with pytest.raises(UserError, match=message):
+        train(tmp_path, save_every=save_every)
+    folder = folder_in(tmp_path)
+    assert load(folder)["step"] == results_of(folder)["step"] == 38 // save_every * save_every
+    resume(folder)
+    assert_same_state(folder, finished)
+
+
+def test_a_loss_that_is_not_finite_before_the_first_checkpoint(tmp_path, monkeypatch):
+    break_critic_loss(monkeypatch, step=1)
+    with pytest.raises(UserError, match="critic_loss is inf at step 1; try a lower learning rate$"):
+        train(tmp_path)
+    assert not (folder_in(tmp_path) / "checkpoint.pt").exists()
+
+
+# --- Checkpoints that cannot be resumed ---
+class Malicious:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_damaged_checkpoint(finished_copy, tmp_path):
+    path = finished_copy / "checkpoint.pt"
+    whole = path.read_bytes()
+    place = whole.index(load(finished_copy)["agent"]["critic.layers.0.weight"].numpy().tobytes())
+    one_bit_off = bytearray(whole)
+    one_bit_off[place] ^= 1
+    torch.save({"script": "dac", "args": Malicious(tmp_path / "harm")}, path)
+    contents = {
+        "truncated": whole[: len(whole) // 2],
+        "empty": b"",
+        "random": np.random.default_rng(0).bytes(5000),
+        "one bit off": one_bit_off,
+        "text": b"step 60",
+        "pickle": pickle.dumps(Malicious(tmp_path / "harm")),
+        "pickle of PyTorch": path.read_bytes(),
+    }
+    for content in contents.values():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"--resume: {path} is no checkpoint, or a damaged one"):
+            resume(path, total_steps=70)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({}, {}, "this run is finished, at step 60; --total-steps can add more"),
+        ({"script": "edp_td3"}, {}, r"was written by edp_td3\.py; resume it with that script"),
+        ({}, {"num_qs": 3}, r"the checkpoint does not fit: .*critic\.layers\.0\.weight"),
+        ({}, {"hidden_dims": (16,)}, r"the checkpoint does not fit: .*actor\.layers\.2\.weight"),
+        ({"args": {**TINY, "beta_max": 10}}, {}, "the checkpoint is of another version, with beta_max"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(change, arguments, message, finished_copy):
+    if change:
+        torch.save(load(finished_copy) | change, finished_copy / "checkpoint.pt")
+    before = {path: path.read_bytes() for path in finished_copy.iterdir()}
+    if arguments:
+        arguments = {**arguments, "total_steps": 70}
+    with pytest.raises(UserError, match=f"--resume: .*{message}"):
+        resume(finished_copy, **arguments)
+    assert {path: path.read_bytes() for path in finished_copy.iterdir()} == before
+
+
+# --- The command ---
+def test_help_explains_every_argument():
+    code, out, _ = finish(command("--help", env={**os.environ, "COLUMNS": "100"}))
+    assert code == 0
+    shown = "".join(out.replace("│", "").split())  # the comments are broken into lines of a table
+    for name, lines in fields_of_args(ROOT / "dac.py").items():
+        comment = "".join(lines).split("  # ")[1]
+        assert f"--{name.replace('_', '-')}" in shown
+        assert "".join(comment.split()) in shown, f"--{name} is shown without its comment"
+
+
+def test_screen(tmp_path):
+    code, out, err = finish(command(*tiny_flags(total_steps=20, run_dir=tmp_path)))
+    folder = folder_in(tmp_path)
+    final = results_of(folder)["final"]["score"]
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith("dac on bandit-moons-v0: 10,000 transitions, 10,000 episodes, mean score ")
+    assert "num_qs 2" in out
+    assert f"rho {resolved()[0].rho}" in out
+    assert f"  cpu, seed 0, step 0 of 20, {folder}" in lines
+    assert [line.split(":")[0] for line in lines[-4:-2]] == ["step 10", "step 20"]
+    assert re.match(rf"finished at step 20 after 0.\d min: final score {final:.1f}, best score ", lines[-2])
+    assert lines[-1] == f"  in {folder}"
+
+
+def test_ctrl_c(tmp_path):
+    process = command(*tiny_flags(total_steps=100_000, run_dir=tmp_path / "stopped"))
+    while not list(tmp_path.glob("stopped/*/results.json")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert (code, err) == (130, "")
+    folder = folder_in(tmp_path / "stopped")
+    assert out.endswith(f"go on with --resume {folder}\n")
+    step = load(folder)["step"]
+    assert f"stopped at step {step:,} " in out
+    assert not list(folder.glob("*.tmp"))
+    resume(folder, total_steps=step + 20)
+    assert_same_run(folder, train(tmp_path / "uninterrupted", total_steps=step + 20))
+
+
+def test_a_mistake_is_one_message():
+    code, out, err = finish(command("--env-id", "hoper-medium-v2"))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: unknown task 'hoper-medium-v2'; nearest names: hopper-medium-v2")
+    assert "Traceback" not in err
+
+
+def test_exit_codes(capsys):
+    def fail(error):
+        raise error
+
+    for error, code in [(UserError("what, found, what to do"), 2), (KeyboardInterrupt(), 130)]:
+        with pytest.raises(SystemExit) as exit_info:
+            run_command(fail, error)
+        assert exit_info.value.code == code
+    assert capsys.readouterr().err == "error: what, found, what to do\n"
+    run_command(lambda args: {}, None)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(finished_copy):
+    before = {path: path.read_bytes() for path in finished_copy.glob("[cr]*")}
+    code, _, err = finish(command("--resume", finished_copy, "--total-steps", 80, limit=20_000))
+    assert code == 2
+    message = (
+        f"error: cannot write {finished_copy}/checkpoint.pt: File too large; make room or choose another"
+    )
+    assert err.startswith(message)
+    assert "Traceback" not in err
+    assert not list(finished_copy.glob("*.tmp"))
+    for name in ("checkpoint.pt", "results.json"):
+        assert (finished_copy / name).read_bytes() == before[finished_copy / name]
+    resume(finished_copy, total_steps=80)
+
+
+def test_a_disk_that_is_full_for_the_curves(tmp_path):
+    arguments = tiny_flags(log_every=1, save_every=1000, total_steps=1000, run_dir=tmp_path)
+    code, _, err = finish(command(*arguments, limit=10_000))
+    assert code == 2
+    assert err.startswith(f"error: cannot write {folder_in(tmp_path)}")
+    assert "Traceback" not in err
