@@ -108,7 +108,7 @@ def statistics(tensor):
 
 
 def dac_args(case, overrides):
-    options = case.golden["other_defaults"] | case.golden["config"] | overrides
+    options = case.golden.get("other_defaults", {}) | case.golden["config"] | overrides
     for name, value in DAC_FIXED.items():
         assert options.pop(name, value) == value, f"dac.py has no option {name}"
     unknown = options.keys() - DAC_OPTIONS
