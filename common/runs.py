@@ -262,7 +262,8 @@ class Run:
         print(f"{self.script} on {dataset.task}: {counts}, mean {show(data) if len(returns) else 'unknown'}")
         for source in ("given", "task", "default"):
             names = [name for name in self.sources if self.sources[name] == source]
-            print(f"  {source}: {', '.join(f'{name} {getattr(args, name)}' for name in names)}")
+            if names:
+                print(f"  {source}: {', '.join(f'{name} {getattr(args, name)}' for name in names)}")
         print(f"  {self.device}, seed {args.seed}, step {self.step:,} of {args.total_steps:,}, {self.folder}")
         if self.reference is None:
             print(f"  no reference returns are known for {args.env_id}: raw returns only")
