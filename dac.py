@@ -161,7 +161,7 @@ def ddpm_sample(
 
     noise is (T, batch, action_dim), sigma[t] the scale of what is added at step t, x_0 (batch, action_dim).
     """
-    x = noise[0]
+    x = noise[0]  # (batch, action_dim)
     num_steps = len(noise)
     for t in range(num_steps, 0, -1):
         eps = predict_noise(x, t)  # (batch, action_dim)
@@ -184,7 +184,7 @@ def ddim_sample(
     clip: bool,
 ) -> Tensor:
     """Deterministic sampling (Song et al. 2021) of x_0 (batch, action_dim) from x_T = noise[0]; D7."""
-    x = noise[0]
+    x = noise[0]  # (batch, action_dim)
     for t in range(len(noise), 0, -1):
         eps = predict_noise(x, t)  # (batch, action_dim)
         x = (x - math.sqrt(1 - alpha_bar[t]) * eps) / math.sqrt(1 - beta[t])
