@@ -63,7 +63,7 @@ class Args:
 
     # --- DAC ---
     diffusion_steps: int | None = None  # denoising steps, T
-    noise_schedule: Literal["vp", "linear", "cosine"] = "vp"  # how beta_t grows with t
+    noise_schedule: Literal["vp", "linear", "scaled_linear", "cosine"] = "vp"  # how beta_t grows with t
     sampler: Literal["ddpm", "ddim", "guided"] = "ddpm"  # reverse chain; guided: noise shifted along grad Q
     sampler_temperature: float = 1.0  # factor on the noise added by the reverse chain
     clip_sampler: bool = True  # clip the predicted clean action to [-1, 1] at every step of the reverse chain
@@ -134,8 +134,12 @@ def noise_schedule(name: str, num_steps: int) -> tuple[list[float], list[float]]
     t = np.arange(num_steps + 1, dtype=np.float64)
     if name == "vp":  # the variance-preserving SDE of Song et al. 2021 with beta from 0.1 to 10
         beta = 1 - np.exp(-0.1 / num_steps - 0.5 * (10 - 0.1) * (2 * t - 1) / num_steps**2)
-    elif name == "linear":  # Ho et al. 2020
-        beta = np.concatenate([[0], np.linspace(1e-4, 2e-2, num_steps)])
+    elif name in (
+        "linear",
+        "scaled_linear",
+    ):  # Ho et al. 2020; scaled so that num_steps = 1000 stays as it is
+        scale = 1000 / num_steps if name == "scaled_linear" else 1
+        beta = np.minimum(scale * np.concatenate([[0], np.linspace(1e-4, 2e-2, num_steps)]), 0.999)
     else:  # cosine: Nichol & Dhariwal 2021
         f = np.cos((t / num_steps + 0.008) / 1.008 * np.pi / 2) ** 2
         beta = np.minimum(1 - f / np.roll(f, 1), 0.999)
@@ -226,9 +230,6 @@ class DACNoisePredictor(nn.Module):
         self.time_mlp = nn.ModuleList([nn.Linear(time_dim, time_out), nn.Linear(time_out, time_out)])
         sizes = pairwise((obs_dim + action_dim + time_out, *hidden_dims, action_dim))
         self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in sizes)
-        for layer in [*self.time_mlp, *self.layers]:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
 
     def forward(self, obs: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """obs (batch, obs_dim), x_t (batch, action_dim), t (batch,) or (1,) for one timestep in all rows."""
@@ -244,14 +245,12 @@ class DACNoisePredictor(nn.Module):
 
 # === Critic ===
 class EnsembleLinear(nn.Module):
-    """One linear layer per ensemble member, computed as one batched matrix product."""
+    """One linear layer per ensemble member, computed as one batched matrix product; the agent fills it."""
 
     def __init__(self, num_members: int, n_in: int, n_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_members, n_in, n_out))
-        self.bias = nn.Parameter(torch.zeros(num_members, 1, n_out))
-        for member in self.weight:
-            nn.init.xavier_uniform_(member)
+        self.bias = nn.Parameter(torch.empty(num_members, 1, n_out))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, x, self.weight)  # (num_members, batch, n_out)
@@ -272,6 +271,15 @@ class EnsembleCritic(nn.Module):
         for layer in self.layers[:-1]:
             x = mish(layer(x))  # (num_qs, batch, hidden)
         return self.layers[-1](x).squeeze(2)  # (num_qs, batch)
+
+
+def init_xavier(network: nn.Module) -> None:
+    """Uniform weights of variance 2 / (n_in + n_out) (Glorot & Bengio 2010), zero biases."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | EnsembleLinear):
+            for member in layer.weight if isinstance(layer, EnsembleLinear) else [layer.weight]:
+                nn.init.xavier_uniform_(member)
+            nn.init.zeros_(layer.bias)
 
 
 def cosine_decay(step: int, decay_steps: int) -> float:
@@ -325,6 +333,8 @@ class DAC(nn.Module):
         self.sigma = [args.sampler_temperature * math.sqrt(beta) for beta in self.beta]
         self.actor = DACNoisePredictor(obs_dim, action_dim, args.time_dim, args.hidden_dims)
         self.critic = EnsembleCritic(obs_dim, action_dim, args.num_qs, args.hidden_dims)
+        init_xavier(self.actor)
+        init_xavier(self.critic)
         self.actor_target = deepcopy(self.actor).requires_grad_(False)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("eta", torch.tensor(float(args.eta)))

@@ -23,6 +23,12 @@ def linear_schedule(num_steps, first=1e-4, last=2e-2):
     return [0.0] + [first + (last - first) * t / (num_steps - 1) for t in range(num_steps)]
 
 
+def scaled_linear_schedule(num_steps):
+    """The linear schedule of 1000 steps, its betas scaled by 1000 / T; beta_t at most 0.999."""
+    scale = 1000 / num_steps
+    return [min(beta, 0.999) for beta in linear_schedule(num_steps, scale * 1e-4, scale * 2e-2)]
+
+
 def cosine_schedule(num_steps, s=0.008):
     """alpha_bar_t = f(t) / f(0) with f(t) = cos^2(pi / 2 (t / T + s) / (1 + s)), and beta_t at most 0.999."""
 

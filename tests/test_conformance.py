@@ -1,387 +1,50 @@
 """The scripts against numbers from the authors' own code, on formula-filled weights and injected draws.
 
 Reads every *.json in tests/golden/ and in the folder named by GOLDEN_DIR; tests/golden/README.md says what
-they are. Sizes, options and formulas come from the file; nothing about a case is written here.
+they are. The first word of a file's name chooses the module of tests/conformance/ whose check_* functions it
+goes through. Sizes, options and formulas come from the file; nothing about a case is written in a check.
 """
 
+import importlib
 import json
 import os
-import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from conformance.files import Case
 
-import dac
-
-FOLDERS = [Path(__file__).parent / "golden", *map(Path, filter(None, [os.environ.get("GOLDEN_DIR")]))]
+HERE = Path(__file__).parent
+FOLDERS = [HERE / "golden", *map(Path, filter(None, [os.environ.get("GOLDEN_DIR")]))]
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.json"))
-DAC_FILES = [path for path in FILES if path.name.startswith("dac")]
-
-# golden option: argument of dac.py
-DAC_OPTIONS = {
-    "T": "diffusion_steps", "beta_schedule": "noise_schedule", "clip_sampler": "clip_sampler",
-    "hidden_dims": "hidden_dims", "time_dim": "time_dim", "num_qs": "num_qs", "q_tar": "q_target",
-    "rho": "rho", "num_q_samples": "num_q_samples", "maxQ": "max_q_backup", "max_q_backup": "max_q_backup",
-    "Q_guidance": "q_guidance", "eta": "eta", "eta_lr": "eta_lr", "eta_min": "eta_min", "eta_max": "eta_max",
-    "bc_threshold": "bc_threshold", "actor_lr": "actor_lr", "critic_lr": "critic_lr",
-    "lr_decay_steps": "lr_decay_steps", "discount": "gamma", "ema_tau": "tau",
-    "clip_grad_norm": "max_grad_norm", "update_ema_every": "actor_target_every",
-    "step_start_ema": "actor_target_start", "num_action_samples": "num_action_samples",
-    "temperature": "action_temperature",
-}  # fmt: skip
-# Options of the official code that dac.py does not have; a case may only hold them at these values.
-DAC_FIXED = {
-    "layer_norm": False, "dropout_rate": 0, "sampler": "ddpm", "action_prior": "normal", "resnet": False,
-    "num_last_repeats": 0, "use_guidance_loss": True, "EPS": 1e-6,
-}  # fmt: skip
-DAC_METRICS = {
-    "critic_loss": "critic_loss", "qs": "q_mean", "qs_std": "q_std", "actor_loss": "actor_loss",
-    "bc_loss": "bc_loss", "guidance_loss": "guidance_loss", "eta": "eta", "Q_norm": "q_norm",
-    "Q_grad": "q_gradient", "Q_grad_abs": "q_gradient_abs",
-}  # fmt: skip
 
 
-# --- The documented formulas, in float64, rounded to float32 as the files say ---
-def rounded(values) -> torch.Tensor:
-    return torch.as_tensor(np.asarray(values, np.float64).astype(np.float32)).to(torch.get_default_dtype())
-
-
-def kernel(shape, layer, shift, gain):
-    """Weight [out, in] of layer number `layer`."""
-    values = np.sin(0.37 * np.arange(np.prod(shape)) + 2 * layer + shift).reshape(shape)
-    return rounded(gain * values / np.sqrt(shape[1]))
-
-
-def bias(size, layer, shift):
-    return rounded(0.1 * np.sin(0.53 * np.arange(size) + 2 * layer + 1 + shift))
-
-
-def drawn(draw) -> torch.Tensor:
-    """The numbers of one entry of a list of draws; a run of draws n_first..n_last is stacked in front."""
-    index = np.arange(np.prod(draw["shape"]))
-    stack = []
-    for n in range(draw["n_first"], draw["n_last"] + 1):
-        if draw["kind"] == "normal":
-            values = 1.3 * np.sin(0.9 * index + 0.31 * n)
-        elif draw["kind"] == "uniform":
-            values = np.mod(0.137 * index + 0.29 * n + 0.05, 1)
-        else:
-            low, high = map(int, re.findall(r"-?\d+", draw["range"]))
-            values = low + (7 * index + 3 * n) % (high - low)
-        stack.append(values.reshape(draw["shape"]))
-    values = np.stack(stack)
-    return torch.as_tensor(values.astype(np.int64)) if draw["kind"] == "randint" else rounded(values)
-
-
-def chain_noise(draws) -> torch.Tensor:
-    """(T, rows, action_dim) for a sampler: x_T, then its noise but for the last draw, which is not used."""
-    prior = next(draw for draw in draws if "prior" in draw["why"])
-    steps = next(draw for draw in draws if "per step" in draw["why"])
-    return torch.cat([drawn(prior), drawn(steps)[:-1]])
-
-
-# --- Building and comparing ---
-class Case:
-    """One golden file."""
-
-    def __init__(self, path):
-        self.golden = json.loads(path.read_text())
-        self.double = self.golden["precision"].startswith("float64")
-        self.inputs = {name: torch.tensor(value) for name, value in self.golden["inputs"].items()}
-
-    def close(self, actual, expected, name, float32_tolerance=1e-5):
-        """|actual - expected| <= tolerance * (1 + |expected|); in double precision 1e-9 everywhere."""
-        tolerance = 1e-9 if self.double else float32_tolerance
-        actual = np.asarray(torch.as_tensor(actual).detach(), np.float64)
-        expected = np.asarray(expected, np.float64)
-        assert actual.shape == expected.shape, name
-        error = np.abs(actual - expected) / (1 + np.abs(expected))
-        assert error.max() <= tolerance, f"{name}: off by {error.max():.2e}, allowed {tolerance:.0e}"
-
-
-def statistics(tensor):
-    """What a file holds of a tensor: sum, sum of squares, first three values."""
-    values = tensor.detach().double().flatten()
-    return [values.sum().item(), values.square().sum().item(), *values[:3].tolist()]
-
-
-def dac_args(case, overrides):
-    options = case.golden.get("other_defaults", {}) | case.golden["config"] | overrides
-    for name, value in DAC_FIXED.items():
-        assert options.pop(name, value) == value, f"dac.py has no option {name}"
-    unknown = options.keys() - DAC_OPTIONS
-    assert not unknown, f"options of the case that the harness cannot set: {unknown}"
-    values = {DAC_OPTIONS[name]: value for name, value in options.items()}
-    return dac.Args(**dac.DEFAULT_SETTINGS | values)
-
-
-def dac_parameters(agent, take=lambda parameter: parameter):
-    """Golden name -> tensor in the layout [out, in]; take(parameter) may give its gradient instead."""
-    tensors = {}
-    for name, actor in (("actor", agent.actor), ("actor_tar", agent.actor_target)):
-        for layer, linear in enumerate([*actor.time_mlp, *actor.layers]):
-            tensors[f"{name}.l{layer}.weight"] = take(linear.weight)
-            tensors[f"{name}.l{layer}.bias"] = take(linear.bias)
-    for name, critic in (("critic", agent.critic), ("critic_tar", agent.critic_target)):
-        for layer, linear in enumerate(critic.layers):
-            weight, bias = take(linear.weight), take(linear.bias)
-            for k in range(critic.num_qs if weight is not None else 0):
-                tensors[f"{name}.k{k}.l{layer}.weight"] = weight[k].T
-                tensors[f"{name}.k{k}.l{layer}.bias"] = bias[k, 0]
-    return tensors
-
-
-@torch.no_grad()
-def dac_agent(case, **overrides):
-    """The agent of a case, filled by formula; overrides are golden option names."""
-    agent = dac.DAC(case.golden["dims"]["S"], case.golden["dims"]["A"], dac_args(case, overrides), CPU)
-    for name, tensor in dac_parameters(agent).items():
-        network, *member, layer, kind = name.split(".")
-        shift = 0.5 * int(member[0][1:] if member else 0) + 0.25 * network.endswith("_tar")
-        layer = int(layer[1:])
-        gain = case.golden["dims"].get("kernel_gain", 1)
-        is_weight = kind == "weight"
-        tensor.copy_(
-            kernel(tensor.shape, layer, shift, gain) if is_weight else bias(len(tensor), layer, shift)
+def checks(path):
+    """The checks of a file; without a module for its algorithm, one that says so."""
+    algorithm = path.stem.split("_")[0]
+    if not (HERE / "conformance" / f"{algorithm}.py").exists():
+        return [pytest.param(path, False, None, id=path.stem, marks=pytest.mark.skip("no such script yet"))]
+    module = importlib.import_module(f"conformance.{algorithm}")
+    found = [check for name, check in vars(module).items() if name.startswith("check_")]
+    precision = json.loads(path.read_text()).get("precision", "both").split()[0].strip(",")
+    return [
+        pytest.param(
+            path, double, check, id=f"{path.stem}-{'double' if double else 'single'}-{check.__name__}"
         )
-    return agent
+        for double in {"float32": [False], "float64": [True], "both": [False, True]}[precision]
+        for check in found
+    ]
 
 
-def dac_draws(agent, draws, rows):
-    """Draws by meaning, from the entries of one update; what an update does not use is left empty."""
-    critic = [draw for draw in draws if "critic update" in draw["why"]]
-    denoised = [draw for draw in draws if "denoised" in draw["why"]]
-    of = {
-        "next_action_noise": [chain_noise([draw for draw in critic if draw["kind"] == "normal"])]
-        if critic
-        else [],
-        "q_weights": [drawn(draw)[0] for draw in draws if draw["kind"] == "uniform"],
-        "t": [drawn(draw)[0] for draw in draws if draw["kind"] == "randint"],
-        "eps": [drawn(draw)[0] for draw in draws if "noise eps" in draw["why"]],
-        "denoised_noise": [chain_noise(denoised)] if denoised else [],
-    }
-    assert all(len(found) <= 1 for found in of.values()), "a meaning that occurs twice in one update"
-    return dac.Draws(**{name: found[0] if found else torch.empty(0) for name, found in of.items()})
-
-
-def dac_batch(case):
-    names = ("observations", "actions", "rewards", "next_observations", "dones")
-    return dac.Batch(*(case.inputs[name] for name in names))
-
-
-def check_dac_update(case, agent, entry, draws, update_number=1):
-    """Run the parts of an update that the draws belong to; compare metrics, gradients, parameters and eta."""
-    # In float32, gradients of the authors' own code are up to 4e-5 from their double-precision run in a first
-    # update; in later updates Adam has amplified the rounding of near-zero gradients.
-    later = update_number > 1
-    batch, metrics = dac_batch(case), {}
-    draws_by_meaning = dac_draws(agent, draws, len(batch.reward))
-    gradients = {}
-
-    def descend(name, loss, original=agent.descend):
-        network = getattr(agent, name)
-        network_gradients = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
-        gradients.update(zip(map(id, network.parameters()), network_gradients, strict=True))
-        return original(name, loss)
-
-    agent.descend = descend
-    if any("critic update" in draw["why"] for draw in draws):
-        metrics |= agent.update_critic(batch, draws_by_meaning)
-    if any("actor update" in draw["why"] for draw in draws):
-        metrics |= agent.update_actor(batch, draws_by_meaning)
-    del agent.descend
-
-    compared = set()
-    for name, expected in entry.items():
-        if name == "info":
-            for metric, value in expected.items():
-                case.close(metrics[DAC_METRICS[metric]], value, metric, 5e-4 if later else 1e-5)
-        elif name in DAC_METRICS and isinstance(expected, float) and name != "eta":
-            case.close(metrics[DAC_METRICS[name]], expected, name, 5e-4 if later else 1e-5)
-        elif name == "eta_after":
-            case.close(agent.eta, expected, name)
-        elif name.endswith("_raw_grad_norm"):
-            case.close(metrics[name.replace("_raw", "")], expected, name, 5e-3 if later else 1e-5)
-        elif name.startswith("raw_grads"):
-            actual = dac_parameters(agent, lambda parameter: gradients.get(id(parameter)))
-            for parameter, value in expected.items():
-                case.close(
-                    statistics(actual[parameter]), value, f"gradient of {parameter}", 5e-3 if later else 2e-4
-                )
-        elif isinstance(expected, dict) and all(
-            re.match(r"(actor|critic)", parameter) for parameter in expected
-        ):
-            actual = dac_parameters(agent)
-            for parameter, value in expected.items():
-                case.close(statistics(actual[parameter]), value, parameter, 1e-3)
-        else:
-            continue
-        compared.add(name)
-    return compared
-
-
-def dac_overrides(name, entry):
-    """The options that an entry of `q_targets` or `variants` sets: its fields, else words of its name."""
-    tables = [entry, *(value for value in entry.values() if isinstance(value, dict))]
-    known = DAC_OPTIONS.keys() | DAC_FIXED.keys()
-    found = {option: value for option, value in entry.items() if option in known}
-    for table in tables[1:]:
-        found |= table if table.keys() <= known else {}
-    if found:
-        return found
-    q_target = re.search(r"(?<![a-z_])(rand_convex|convex|min|lcb)(?![a-z_])", name)
-    guidance = re.search(r"soft|hard|denoised", name)
-    max_q = re.search(r"((?:no|without)[ _]?)?max_?q(?:[ =:]*(false|0))?", name, re.IGNORECASE)
-    found |= {"q_tar": q_target[0]} if q_target else {}
-    found |= {"Q_guidance": guidance[0]} if guidance else {}
-    return found | ({"maxQ": not (max_q[1] or max_q[2])} if max_q else {})
-
-
-def dac_entries(section, name="", draws=()):
-    """(name, entry, draws) of every single update or list of updates in a section, however deep."""
-    draws = section.get("draws", draws)
-    if "info" in section or "steps" in section or section.keys() & DAC_METRICS.keys():
-        return [(name, section, draws)]
-    tables = [(key, value) for key, value in section.items() if isinstance(value, dict)]
-    return [leaf for key, value in tables for leaf in dac_entries(value, f"{name} {key}", draws)]
-
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=DAC_FILES, ids=lambda path: path.stem)
-def case(request):
-    loaded = json.loads(request.param.read_text())
+@pytest.mark.parametrize(("path", "double", "check"), [each for path in FILES for each in checks(path)])
+def test_conformance(path, double, check):
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64 if loaded["precision"].startswith("float64") else torch.float32)
-    yield Case(request.param)
-    torch.set_default_dtype(before)
+    torch.set_default_dtype(torch.float64 if double else torch.float32)
+    try:
+        check(Case(path, double))
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_there_are_cases():
-    assert {path.stem for path in DAC_FILES} >= {"dac_a", "dac_a_f64", "dac_c", "dac_c_f64"}
-
-
-def test_dac_inputs_follow_their_formulas(case):
-    """The file means by its formulas what the harness means by them."""
-    B, S, A = (case.golden["dims"][name] for name in "BSA")
-    case.close(rounded(np.sin(0.11 * np.arange(B * S) + 0.5)).view(B, S), case.inputs["observations"], "obs")
-    case.close(rounded(0.9 * np.sin(0.23 * np.arange(B * A))).view(B, A), case.inputs["actions"], "actions")
-
-
-def test_dac_schedule(case):
-    schedule = case.golden["schedule"]
-    beta, alpha_bar = dac.noise_schedule(schedule["name"], schedule["T"])
-    case.close(beta, schedule["betas"], "betas", 1e-7)
-    case.close(alpha_bar, schedule["alpha_hats"], "alpha_hats", 1e-7)
-
-
-def test_dac_forward(case):
-    forward, agent = case.golden["forward"], dac_agent(case)
-    obs, action = case.inputs["observations"], case.inputs["actions"]
-    for expected in (value for name, value in forward.items() if name.startswith("t=")):
-        t = torch.tensor(expected["t"])
-        case.close(agent.actor(obs, action, t), expected["actor"], "actor")
-        case.close(agent.actor_target(obs, action, t), expected["actor_tar"], "actor_tar")
-    case.close(agent.critic(obs, action), forward["critic[H][B]"], "critic")
-    case.close(agent.critic_target(obs, action), forward["critic_tar[H][B]"], "critic_tar")
-    name = next(name for name in forward if name.startswith("mish"))
-    points = rounded([float(number) for number in re.findall(r"-?\d+\.?\d*", name)])
-    case.close(dac.mish(points), forward[name], "mish")
-
-
-def test_dac_add_noise(case):
-    expected = case.golden["action_approximation"]
-    agent, action, t = dac_agent(case), case.inputs["actions"], torch.tensor(expected["t"])
-    x_t = dac.add_noise(action, t, drawn(expected["draws"][0])[0], agent.alpha_bars)
-    case.close(x_t, expected["noisy_actions"], "noisy actions")
-    case.close(agent.actor(case.inputs["observations"], x_t, t), expected["eps_pred"], "predicted noise")
-
-
-def test_dac_samplers(case):
-    for name, expected in case.golden["samplers"].items():
-        agent = dac_agent(case)
-        agent.args.sampler = "guided" if "q_guidance" in name else "ddim" if "ddim" in name else "ddpm"
-        agent.args.clip_sampler = "without clip" not in name
-        temperature = float(match[1]) if (match := re.search(r"temperature ([\d.]+)", name)) else 1.0
-        agent.sigma = [temperature * sigma for sigma in agent.sigma]
-        inputs = []
-        agent.actor.register_forward_pre_hook(
-            lambda module, arguments, seen=inputs: seen.append(arguments[1])
-        )
-        with torch.no_grad():
-            action = agent.sample(agent.actor, case.inputs["observations"], chain_noise(expected["draws"]))
-        # without clipping actions reach 25 and float32 differences grow with them
-        case.close(torch.stack(inputs), [step["x_in"] for step in expected["trace"]], f"{name}: x_t", 1e-4)
-        case.close(action, expected["actions"], name, 1e-4)
-
-
-def test_dac_act(case):
-    for name in ("batch", "single", "detail"):
-        expected = case.golden["sample_actions"][name]
-        agent = dac_agent(case)
-        obs = case.inputs["observations"] if name != "single" else case.inputs["observations"][:1]
-        noise = chain_noise(expected["draws"])
-        if name == "detail":
-            repeated = obs.repeat_interleave(agent.args.num_action_samples, dim=0)
-            with torch.no_grad():
-                candidates = agent.sample(agent.actor, repeated, noise)
-                q = agent.critic_target(repeated, candidates).mean(0).unflatten(0, (len(obs), -1))
-            case.close(
-                candidates[: agent.args.num_action_samples], expected["candidates_row0"], "candidates", 1e-4
-            )
-            case.close(q, expected["q_mean_over_heads"], "q of the candidates")
-            assert q.argmax(1).tolist() == expected["argmax"]
-        else:
-            action = agent.act(obs, noise)
-            case.close(
-                action.squeeze(0), expected.get("actions", expected.get("action")), f"{name} action", 1e-4
-            )
-
-
-def test_dac_guidance_losses(case):
-    entries = {
-        name: entry for name, entry in case.golden["guidance_losses"].items() if isinstance(entry, dict)
-    }
-    for name, entry in entries.items():
-        agent = dac_agent(case, Q_guidance=name)
-        agent.actor_tau.fill_(agent.args.tau)
-        compared = check_dac_update(case, agent, entry, entry["draws"])
-        assert compared >= {"info", "raw_grads", "actor_after"}
-
-
-def set_learning_rates(agent, step):
-    decay = dac.cosine_decay(step, agent.args.lr_decay_steps)
-    agent.optimizers["actor"].param_groups[0]["lr"].fill_(agent.args.actor_lr * decay)
-    agent.optimizers["critic"].param_groups[0]["lr"].fill_(agent.args.critic_lr * decay)
-
-
-def run_dac_steps(case, agent, steps, draws):
-    for number, entry in enumerate(steps, start=1):
-        agent.set_step(entry["n_training_steps_before"])
-        set_learning_rates(agent, number - 1)  # the optimizers of the file start at 0
-        assert bool(agent.actor_tau > 0) == entry.get("actor_target_updated", agent.actor_tau > 0)
-        of_step = [draw for draw in draws if draw["why"].startswith(f"step {number},")]
-        compared = check_dac_update(case, agent, entry, of_step, number)
-        assert compared >= {"info", "params_after"}
-
-
-def test_dac_three_updates(case):
-    train = case.golden["train"]
-    run_dac_steps(case, dac_agent(case), train["steps"], train["draws"])
-
-
-@pytest.mark.parametrize("section", ["q_targets", "variants"])
-def test_dac_options(case, section):
-    """Held-back cases try other options: targets of the ensemble, clipping, limits of eta, guidance."""
-    for name, entry, draws in dac_entries(case.golden.get(section, {})):
-        agent = dac_agent(case, **dac_overrides(name, entry))
-        if "steps" in entry:
-            run_dac_steps(case, agent, entry["steps"], draws)
-            continue
-        agent.set_step(entry.get("n_training_steps_before", 1005))
-        set_learning_rates(agent, 0)
-        compared = check_dac_update(case, agent, entry, draws)
-        assert compared, f"nothing in {name} could be compared: {sorted(entry)}"
+    assert {path.stem for path in FILES} >= {"dac_a", "dac_a_f64", "dac_c", "dac_c_f64"}

@@ -15,6 +15,7 @@ TASK = "bandit-corners-v0"
 SCHEDULES = {
     "vp": reference.vp_schedule,
     "linear": reference.linear_schedule,
+    "scaled_linear": reference.scaled_linear_schedule,
     "cosine": reference.cosine_schedule,
 }
 

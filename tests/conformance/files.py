@@ -1,0 +1,36 @@
+"""One golden file, and how numbers are compared with it."""
+
+import json
+
+import numpy as np
+import torch
+
+CPU = torch.device("cpu")
+
+
+def rounded(values) -> torch.Tensor:
+    """Numbers of a formula, rounded to float32 as the files say, in the precision of the run."""
+    return torch.as_tensor(np.asarray(values, np.float64).astype(np.float32)).to(torch.get_default_dtype())
+
+
+def statistics(tensor):
+    """What a file holds of a tensor: sum, sum of squares, first three values."""
+    values = tensor.detach().double().flatten()
+    return [values.sum().item(), values.square().sum().item(), *values[:3].tolist()]
+
+
+class Case:
+    """One golden file, in single or double precision."""
+
+    def __init__(self, path, double):
+        self.golden, self.double = json.loads(path.read_text()), double
+        self.inputs = {name: torch.tensor(value) for name, value in self.golden.get("inputs", {}).items()}
+
+    def close(self, actual, expected, name, float32_tolerance=1e-5):
+        """|actual - expected| <= tolerance * (1 + |expected|); in double precision 1e-9 everywhere."""
+        tolerance = 1e-9 if self.double else float32_tolerance
+        actual = np.asarray(torch.as_tensor(actual).detach(), np.float64)
+        expected = np.asarray(expected, np.float64)
+        assert actual.shape == expected.shape, name
+        error = np.abs(actual - expected) / (1 + np.abs(expected))
+        assert error.max() <= tolerance, f"{name}: off by {error.max():.2e}, allowed {tolerance:.0e}"

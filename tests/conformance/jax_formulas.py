@@ -1,0 +1,41 @@
+"""Weights and draws by the formulas of the golden files of the JAX codes (dac_*, edp_*)."""
+
+import re
+
+import numpy as np
+import torch
+from conformance.files import rounded
+
+
+def kernel(shape, layer, shift, gain):
+    """Weight [out, in] of layer number `layer`."""
+    values = np.sin(0.37 * np.arange(np.prod(shape)) + 2 * layer + shift).reshape(shape)
+    return rounded(gain * values / np.sqrt(shape[1]))
+
+
+def bias(size, layer, shift):
+    return rounded(0.1 * np.sin(0.53 * np.arange(size) + 2 * layer + 1 + shift))
+
+
+def drawn(draw) -> torch.Tensor:
+    """The numbers of one entry of a list of draws; a run of draws n_first..n_last is stacked in front."""
+    index = np.arange(np.prod(draw["shape"]))
+    stack = []
+    for n in range(draw["n_first"], draw["n_last"] + 1):
+        if draw["kind"] == "normal":
+            values = 1.3 * np.sin(0.9 * index + 0.31 * n)
+        elif draw["kind"] == "uniform":
+            values = np.mod(0.137 * index + 0.29 * n + 0.05, 1)
+        else:
+            low, high = map(int, re.findall(r"-?\d+", draw["range"]))
+            values = low + (7 * index + 3 * n) % (high - low)
+        stack.append(values.reshape(draw["shape"]))
+    values = np.stack(stack)
+    return torch.as_tensor(values.astype(np.int64)) if draw["kind"] == "randint" else rounded(values)
+
+
+def chain_noise(draws) -> torch.Tensor:
+    """(T, rows, action_dim) for a sampler: x_T, then its noise but for the last draw, which is not used."""
+    prior = next(draw for draw in draws if "prior" in draw["why"])
+    steps = next(draw for draw in draws if "per step" in draw["why"])
+    return torch.cat([drawn(prior), drawn(steps)[:-1]])

@@ -1,0 +1,58 @@
+"""Weights, batches and draws by the formulas of the PyTorch codes' golden files (dql_*, dtql_*, qvpo_*)."""
+
+import numpy as np
+import torch
+from conformance.files import rounded
+
+
+def filled(shape, position, kind, is_target, gain):
+    """The parameter at a position in the authors' network, in PyTorch's layout.
+
+    kind is weight, bias, or scale, which is LayerNorm's weight; gain multiplies matrices only.
+    """
+    numbers, shift = np.arange(np.prod(shape)), position + 0.25 * is_target
+    if kind == "weight":
+        values = gain * (np.sin(0.37 * numbers + shift) / np.sqrt(shape[1]))
+    else:
+        values = (kind == "scale") + 0.1 * np.sin(0.53 * numbers + shift)
+    return rounded(values.reshape(shape))
+
+
+def batch_columns(sizes):
+    """The batch of a case: obs, action, reward, next_obs, terminal; sizes is its config."""
+    B, S, A = (sizes[name] for name in "BSA")
+    return (
+        rounded(np.sin(0.11 * np.arange(B * S) + 0.5).reshape(B, S)),
+        rounded(0.9 * np.sin(0.23 * np.arange(B * A)).reshape(B, A)),
+        rounded(np.cos(0.7 * np.arange(B))),
+        rounded(np.sin(0.11 * np.arange(B * S) + 1.5).reshape(B, S)),
+        rounded(np.arange(B) % 4 == 3),
+    )
+
+
+def uniforms(n, count):
+    """The n-th uniform draw, in float64."""
+    values = 0.137 * np.arange(count) + 0.29 * n + 0.05
+    return values - np.floor(values)
+
+
+def drawn(draw) -> torch.Tensor:
+    """The numbers of one entry of a list of draws; uniform ones stay in float64."""
+    n, shape = draw["n"], draw["shape"]
+    numbers = np.arange(int(np.prod(shape)))
+    if draw["kind"] == "normal":
+        return rounded(1.3 * np.sin(0.9 * numbers + 0.31 * n).reshape(shape))
+    if draw["kind"] == "integer":
+        low, high = draw["lo"], draw["hi"]
+        return torch.as_tensor((low + (7 * numbers + 3 * n) % (high - low)).reshape(shape))
+    return torch.as_tensor(uniforms(n, len(numbers)).reshape(shape))
+
+
+def draws_by_meaning(draws, meaning):
+    """Those of the draws whose `why` holds the words, in their order."""
+    return [drawn(draw) for draw in draws if meaning in draw["why"]]
+
+
+def chosen(probabilities, u):
+    """The index that the authors' multinomial takes for the uniform number u."""
+    return int((probabilities.cumsum(0) / probabilities.sum() <= u).sum())
