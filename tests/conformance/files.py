@@ -26,9 +26,9 @@ class Case:
         self.golden, self.double = json.loads(path.read_text()), double
         self.inputs = {name: torch.tensor(value) for name, value in self.golden.get("inputs", {}).items()}
 
-    def close(self, actual, expected, name, float32_tolerance=1e-5):
-        """|actual - expected| <= tolerance * (1 + |expected|); in double precision 1e-9 everywhere."""
-        tolerance = 1e-9 if self.double else float32_tolerance
+    def close(self, actual, expected, name, float32_tolerance=1e-5, double_tolerance=1e-9):
+        """|actual - expected| <= tolerance * (1 + |expected|)."""
+        tolerance = double_tolerance if self.double else float32_tolerance
         actual = np.asarray(torch.as_tensor(actual).detach(), np.float64)
         expected = np.asarray(expected, np.float64)
         assert actual.shape == expected.shape, name

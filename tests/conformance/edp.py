@@ -1,0 +1,382 @@
+"""edp_td3.py, edp_crr.py and edp_iql.py against their golden files."""
+
+import importlib
+import re
+
+import numpy as np
+import pytest
+import torch
+from conformance.files import CPU, rounded, statistics
+from conformance.jax_formulas import bias, drawn, kernel
+
+from common.datasets import UserError
+
+# golden option: argument of the scripts; the options of one algorithm are ignored by the others
+OPTIONS = {
+    "num_timesteps": "diffusion_steps", "schedule_name": "noise_schedule", "dpm_steps": "dpm_calls",
+    "dpm_t_end": "dpm_t_end", "time_embed_size": "time_dim", "weight_decay": "weight_decay",
+    "lr_decay": "lr_decay", "lr_decay_steps": "lr_decay_steps", "max_grad_norm": "max_grad_norm",
+    "policy_tgt_freq": "actor_target_every", "use_pred_astart": "action_approximation",
+    "guide_coef": "guidance_weight", "diff_coef": "bc_weight", "discount": "gamma", "tau": "tau",
+    "max_q_backup": "max_q_backup", "max_q_backup_samples": "num_q_samples", "max_q_backup_topk": "top_k",
+    "alpha": "alpha", "sample_actions": "num_advantage_samples", "crr_ratio_upper_bound": "max_weight",
+    "crr_beta": "temperature", "crr_avg_fn": "advantage_baseline", "expectile": "expectile",
+    "awr_temperature": "inverse_temperature", "sample_method": "sampler",
+}  # fmt: skip
+LIKELIHOODS = {"mle": "gaussian", "elbo": "elbo"}  # any other word samples
+# Options that have no counterpart; a case may only hold them at these values.
+FIXED = {"sample_logp": False, "target_entropy": -1, "policy_temp": 1.0}
+METRICS = {
+    "qf_loss": "critic_loss", "policy_loss": "actor_loss", "guide_loss": "guidance_loss",
+    "diff_loss": "bc_loss", "vf_loss": "value_loss", "policy_grad_norm": "actor_grad_norm",
+    "vf_grad": "value_grad_norm",
+}  # fmt: skip
+METRICS_OF = {  # by algorithm: what one name means
+    "TD3": {"lmbda": "q_weight"},
+    "CRR": {"lmbda": "weight", "adv": "advantage"},
+    "IQL": {"vf_adv": "advantage"},
+}
+
+
+def script_of(case):
+    name = case.golden["config"]["loss_type"]
+    module = importlib.import_module(f"edp_{name.lower()}")
+    return module, getattr(module, f"EDP{name}")
+
+
+def make_args(case, overrides):
+    module, _ = script_of(case)
+    algorithm = case.golden["config"]["loss_type"]
+    options = case.golden["config"] | {"sample_method": case.golden["sample_method"]} | overrides
+    assert options.pop("loss_type") == algorithm
+    for name, value in FIXED.items():
+        assert options.pop(name, value) == value, f"the scripts have no option {name}"
+    weights = {"exp": "exp"}.get(options.pop("crr_fn"), "heaviside")
+    values = {
+        "advantage_weight": "softmax"
+        if options.pop("adv_norm")
+        else "exp"
+        if algorithm == "IQL"
+        else weights,
+        "likelihood": LIKELIHOODS.get(options.pop("crr_weight_mode"), "sampled"),
+        "num_likelihood_samples": 10 if options.pop("crr_multi_sample_mse") else 1,
+        "learn_std": not options.pop("fixed_std"),
+        "actor_lr": options["lr"],
+        "critic_lr": options.pop("lr"),
+    }
+    nstep = options.pop("nstep")
+    unknown = options.keys() - OPTIONS
+    assert not unknown, f"options of the case that the harness cannot set: {unknown}"
+    values |= {OPTIONS[name]: value for name, value in options.items()}
+    if values["noise_schedule"] == "linear":
+        values["noise_schedule"] = "scaled_linear"
+    if not values["max_grad_norm"]:
+        values["lr_decay"] = False  # the authors' code decays only where it clips
+    if algorithm == "IQL":
+        values["gamma"] **= nstep
+    fields = module.Args.__dataclass_fields__
+    return module.Args(
+        **module.DEFAULT_SETTINGS | {name: value for name, value in values.items() if name in fields}
+    )
+
+
+def parameters_of(agent, take=lambda parameter: parameter):
+    """Golden name -> tensor in the layout [out, in]; take(parameter) may give its gradient instead."""
+    tensors = {"policy_dist.log_stds": take(agent.log_std)} if hasattr(agent, "log_std") else {}
+    for name, network in (("policy", "actor"), ("target_policy", "actor_target"), ("vf", "value")):
+        if hasattr(agent, network):
+            network = getattr(agent, network)
+            for layer, linear in enumerate([*getattr(network, "time_mlp", []), *network.layers]):
+                tensors[f"{name}.l{layer}.weight"] = take(linear.weight)
+                tensors[f"{name}.l{layer}.bias"] = take(linear.bias)
+    for name, critic in (("qf", agent.critic), ("target_qf", agent.critic_target)):
+        for layer, linear in enumerate(critic.layers):
+            weight, biases = take(linear.weight), take(linear.bias)
+            for k in range(2 if weight is not None else 0):
+                tensors[f"{name}{k + 1}.l{layer}.weight"] = weight[k].T
+                tensors[f"{name}{k + 1}.l{layer}.bias"] = biases[k, 0]
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+@torch.no_grad()
+def make_agent(case, clip_t=None, **overrides):
+    """The agent of a case, filled by formula; overrides are golden option names.
+
+    clip_t: the timesteps, counted from 0, whose alpha_bar DPM-Solver clips the noise by. The authors' code
+    truncates a rounded number, so that they depend on the last bit; the files record what was used.
+    """
+    _, agent_class = script_of(case)
+    dims = case.golden["dims"]
+    agent = agent_class(dims["S"], dims["A"], make_args(case, overrides), CPU)
+    set_clip_t(agent, clip_t)
+    for name, tensor in parameters_of(agent).items():
+        if name == "policy_dist.log_stds":
+            continue
+        network, layer, kind = name.split(".")
+        member = {"qf1": 0, "qf2": 1, "vf": 2, "policy": 0}[network.removeprefix("target_")]
+        shift, layer = 0.5 * member + 0.25 * network.startswith("target_"), int(layer[1:])
+        gain = dims.get("kernel_gain", 1)
+        is_weight = kind == "weight"
+        tensor.copy_(
+            kernel(tensor.shape, layer, shift, gain) if is_weight else bias(len(tensor), layer, shift)
+        )
+    return agent
+
+
+def set_clip_t(agent, clip_t):
+    if clip_t is not None and agent.args.sampler == "dpm":
+        left = iter(clip_t)
+        agent.plan = [[stage._replace(clip_t=next(left) + 1) for stage in step] for step in agent.plan]
+        assert not list(left)
+
+
+def chain_noise(draws):
+    """(noise_steps, rows, action_dim) of a sampler: x_T, then the noise of its steps but the last, unused."""
+    prior = [drawn(draw) for draw in draws if "initial noise" in draw["why"]]
+    steps = [drawn(draw)[:-1] for draw in draws if "per step DDPM" in draw["why"]]
+    return torch.cat([*prior, *steps]).flatten(1, -2) if prior else torch.empty(0)
+
+
+def make_draws(case, draws):
+    """Draws by meaning, from the entries of one update; what an update does not use is left empty."""
+    module, _ = script_of(case)
+    policy = [draw for draw in draws if "policy loss" in draw["why"]]
+
+    def found(words):
+        return [values for draw in policy if words in draw["why"] for values in drawn(draw)]
+
+    around_action = found("action_dist")  # first the actions for the advantage, then those for the likelihood
+    likelihood_noise = around_action[1] if len(around_action) > 1 else torch.empty(0)
+    values = {
+        "next_action_noise": chain_noise([draw for draw in draws if "value loss" in draw["why"]]),
+        "t": found("timesteps")[0] + 1,
+        "eps": found("noise eps")[0],
+        "action_noise": chain_noise(policy),
+        "member": (found("which Q")[0] <= 0.5).long() if found("which Q") else None,
+        "advantage_noise": around_action[0] if around_action else None,
+        "likelihood_noise": likelihood_noise.unsqueeze(0)
+        if likelihood_noise.dim() == 2
+        else likelihood_noise,
+    }
+    return module.Draws(**{name: values[name] for name in module.Draws._fields})
+
+
+def make_batch(case):
+    module, _ = script_of(case)
+    names = ("observations", "actions", "rewards", "next_observations", "dones")
+    return module.Batch(*(case.inputs[name] for name in names))
+
+
+def update(agent, batch, draws):
+    """One update, in the script's order, and the gradients of its losses before clipping."""
+    gradients = {}
+
+    def descend(name, loss, original=agent.descend):
+        learned = [*getattr(agent, name).parameters()]
+        if name == "actor" and getattr(agent.args, "learn_std", False):
+            learned.append(agent.log_std)
+        of_loss = torch.autograd.grad(loss, learned, retain_graph=True)
+        gradients.update(zip(map(id, learned), of_loss, strict=True))
+        return original(name, loss)
+
+    agent.descend = descend
+    if hasattr(agent, "value"):
+        metrics = agent.update_value(batch) | agent.update_actor(batch, draws) | agent.update_critic(batch)
+    else:
+        metrics = agent.update_actor(batch, draws) | agent.update_critic(batch, draws)
+    agent.update_targets()
+    del agent.descend
+    return metrics, gradients
+
+
+def compare_update(case, agent, entry, draws, number):
+    """Run one update with the draws; compare metrics, gradients and parameters.
+
+    In float32 what follows an Adam step carries its amplified rounding: later updates, and all of IQL but V.
+    """
+    iql = case.golden["config"]["loss_type"] == "IQL"
+    agent.set_step(entry["total_steps_after"] - 1)
+    set_clip_t(agent, entry.get("dpm_t_clip_index"))
+    if hasattr(agent, "actor_target"):
+        assert bool(agent.actor_tau > 0) == entry["policy_tgt_update"]
+    compare_next_actions(case, agent, entry, draws)
+    # the authors' float32 ELBO weights are off by up to 5e-4 of themselves
+    elbo = getattr(agent.args, "likelihood", "") == "elbo"
+    metrics, gradients = update(agent, make_batch(case), make_draws(case, draws))
+    names = METRICS | METRICS_OF[case.golden["config"]["loss_type"]]
+    compared = [name for name in names if name in entry["metrics"] and names[name] in metrics]
+    for name in compared:
+        later = number > 1 or iql and not name.startswith("vf")
+        tolerance = 5e-3 if later and "grad" in name else 5e-4 if later or elbo else 1e-5
+        case.close(metrics[names[name]], entry["metrics"][name], name, tolerance)
+    q_mean = (entry["metrics"]["cur_q1"] + entry["metrics"]["cur_q2"]) / 2
+    later = number > 1
+    case.close(metrics["q_mean"], q_mean, "mean Q", 5e-4 if later else 1e-5)
+    actual = parameters_of(agent, lambda parameter: gradients.get(id(parameter)))
+    for name, expected in entry["raw_grads_before_clipping"].items():
+        if name in actual:  # not the standard deviation, unless it is learned
+            case.close(statistics(actual[name]), expected, f"gradient of {name}", 1e-2 if later else 1e-3)
+    for name, actual in parameters_of(agent).items():
+        case.close(statistics(actual), entry["params_after"][name], name, 1e-3)
+    assert {"diff_loss", "guide_loss", "policy_loss"} <= set(compared)
+
+
+def compare_next_actions(case, agent, entry, draws):
+    """The actions sampled for the target value, where the update samples any and the file lists them."""
+    expected = entry.get("intermediates", {}).get("value_loss_fn", {}).get("next_action")
+    if expected is not None:
+        noise = make_draws(case, draws).next_action_noise
+        obs = case.inputs["next_observations"].repeat_interleave(agent.num_next_actions, dim=0)
+        actions = agent.sample(agent.actor_target, obs, noise)
+        actions = actions.clamp(-1, 1) if agent.args.max_q_backup else actions
+        case.close(actions.view(np.shape(expected)), expected, "next actions", 2e-4)
+
+
+def run_steps(case, agent, steps, draws):
+    for number, entry in enumerate(steps, start=1):
+        of_step = [draw for draw in draws if draw["why"].startswith(f"step {number},")]
+        compare_update(case, agent, entry, of_step, number)
+
+
+def overrides_of(case, name, entry):
+    """The options that an entry of `variants` sets: its fields, else words of its name."""
+    known = case.golden["config"].keys() | {"sample_method"}
+    found = {}
+    for table in [entry, *(value for value in entry.values() if isinstance(value, dict))]:
+        found |= {option: value for option, value in table.items() if option in known}
+    for option, value in re.findall(r"(\w+)\s*[=:]\s*([\w.+-]+)", name):
+        if option in known and option not in found:
+            words = {"True": True, "False": False, "true": True, "false": False}
+            old = case.golden["config"].get(option, "")
+            found[option] = words[value] if isinstance(old, bool) else type(old)(value)
+    return found
+
+
+def check_inputs_follow_their_formulas(case):
+    """The file means by its formulas what the harness means by them."""
+    B, S, A = (case.golden["dims"][name] for name in "BSA")
+    case.close(rounded(np.sin(0.11 * np.arange(B * S) + 0.5)).view(B, S), case.inputs["observations"], "obs")
+    case.close(rounded(0.9 * np.sin(0.23 * np.arange(B * A))).view(B, A), case.inputs["actions"], "actions")
+
+
+def check_schedule(case):
+    schedule, agent = case.golden["schedule"], make_agent(case)
+    assert len(agent.beta) == schedule["T"] + 1
+    t = np.array(schedule["index"]) + 1
+    expected = schedule["arrays"]
+    case.close(np.array(agent.beta)[t], expected["betas"], "betas", 1e-7)
+    case.close(np.array(agent.alpha_bar)[t], expected["alphas_cumprod"], "alphas_cumprod", 1e-6)
+    case.close(np.array(agent.sigma)[t] ** 2, expected["posterior_variance"], "posterior variance", 1e-6)
+    if hasattr(agent, "elbo_weights"):
+        case.close(agent.elbo_weights[t], expected["normalized_ts_weights"], "ELBO weights", 5e-4)
+
+
+def check_forward(case):
+    forward, agent = case.golden["forward"], make_agent(case)
+    obs, action = case.inputs["observations"], case.inputs["actions"]
+    t = torch.tensor(forward["t"]) + 1
+    q, target_q = agent.critic(obs, action), agent.critic_target(obs, action)
+    actual = {"noise_network(obs, actions, t)": agent.actor(obs, action, t)}
+    actual |= {"qf1": q[0], "qf2": q[1], "target_qf1": target_q[0], "target_qf2": target_q[1]}
+    if hasattr(agent, "actor_target"):
+        actual["target_noise_network(obs, actions, t)"] = agent.actor_target(obs, action, t)
+    if hasattr(agent, "value"):
+        actual["vf"] = agent.value(obs)
+    for name, value in actual.items():
+        case.close(value, forward[name], name)
+
+
+def check_action_approximation(case):
+    expected, agent = case.golden["action_approximation"], make_agent(case)
+    module, _ = script_of(case)
+    action, t = case.inputs["actions"], torch.tensor(expected["t"]) + 1
+    noise = drawn(expected["draws"][0])[0]
+    x_t = module.add_noise(action, t, noise, agent.alpha_bars)
+    eps = agent.actor(case.inputs["observations"], x_t, t)
+    case.close(x_t, expected["x_t"], "noisy actions")
+    case.close(eps, expected["eps_pred"], "predicted noise")
+    case.close((eps - noise).square().mean(1), expected["mse_per_row"], "mean squared errors")
+    approximated = module.approximate_action(x_t, t, eps, agent.alpha_bars)
+    case.close(approximated, expected["pred_xstart_clipped"], "approximated actions")
+
+
+def traced_sample(agent, obs, noise):
+    """The sampled actions, and x before each network call, which is what the call before it led to."""
+    seen = []
+    hook = agent.actor.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
+    with torch.no_grad():
+        actions = agent.sample(agent.actor, obs, noise)
+    hook.remove()
+    return actions, [*seen, actions]
+
+
+def check_dpm_solver(case):
+    for name, expected in case.golden["samplers"].items():
+        if not name.startswith("dpm"):
+            continue
+        options = {"sample_method": "dpm", "dpm_t_end": expected["args"]["t_0"]}
+        options["dpm_steps"] = expected["args"]["steps"]
+        if "NaN" in np.ravel(expected["actions"]):  # an end before the first knot of the schedule
+            with pytest.raises(UserError, match="--dpm-t-end"):
+                make_agent(case, **options)
+            continue
+        calls = expected["model_calls"]
+        agent = make_agent(case, [call["t_clip_index"] for call in calls], **options)
+        stages = [stage for step in agent.plan for stage in step]
+        # in float32 the authors' last times carry the rounding of 1 - alpha_bar
+        case.close([stage.t - 1 for stage in stages], [call["t_network"] for call in calls], "t", 1e-4)
+        assert [len(step) for step in agent.plan] == expected["orders"]
+        actions, x = traced_sample(agent, case.inputs["observations"], drawn(expected["draws"][0])[0:1])
+        ends = np.cumsum(expected["orders"])
+        for end, step in zip(ends, expected["outer"], strict=True):
+            rows = torch.tensor(step["x"]).shape[0]
+            case.close(x[end][:rows], step["x"], f"x after {end} calls", 2e-4)
+        case.close(actions, expected["actions"], name, 2e-4)
+
+
+def check_all_step_samplers(case):
+    for method in ("ddpm", "ddim"):
+        expected = case.golden["samplers"][f"{method}_sample"]
+        agent = make_agent(case, sample_method=method)
+        noise = chain_noise(expected["draws"])
+        actions, x = traced_sample(agent, case.inputs["observations"], noise)
+        for step in expected["trace"]:
+            rows = torch.tensor(step["x_after"])
+            case.close(x[-1 - step["t"]][: len(rows)], rows, f"{method} at t={step['t']}", 2e-4)
+        case.close(actions, expected["actions"], method, 2e-4)
+
+
+def check_act(case):
+    """Energy-based action selection; the categorical draw is replaced by the file's, by its formula."""
+    expected = case.golden["evaluation_action_selection"]
+    agent = make_agent(case, expected.get("dpm_t_clip_index"))
+    agent.args.num_action_samples = expected["num_samples"]
+    seen = []
+
+    def categorical(probabilities, count):
+        seen.append(probabilities)
+        numbers = np.arange(probabilities.numel()).reshape(probabilities.shape)
+        u = rounded(np.mod(0.137 * numbers + 0.05, 1))
+        return (probabilities.log() - (-u.log()).log()).argmax(1, keepdim=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "multinomial", categorical)
+        action = agent.act(case.inputs["observations"][:1], chain_noise(expected["draws"]))
+    # q up to the constant that softmax takes away
+    q = torch.tensor(expected["q_min"])
+    case.close(seen[0], q.softmax(1), "probabilities of the candidates")
+    case.close(action, expected["action"][0], "action", 2e-4)
+
+
+def check_three_updates(case):
+    train = case.golden["train"]
+    run_steps(case, make_agent(case), train["steps"], train["draws"])
+
+
+def check_variants(case):
+    """Held-back cases try other options in short runs."""
+    for name, entry in case.golden.get("variants", {}).items():
+        if isinstance(entry, dict) and "steps" in entry:
+            run_steps(
+                case, make_agent(case, **overrides_of(case, name, entry)), entry["steps"], entry["draws"]
+            )
