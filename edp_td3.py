@@ -71,8 +71,8 @@ class Args:
     actor_lr: float | None = None  # learning rate of the actor
     critic_lr: float | None = None  # learning rate of the critics
     weight_decay: float = 0.0  # decoupled weight decay of the critics
-    lr_decay: bool = False  # let the actor's learning rate fall to 0 along a cosine
-    lr_decay_steps: int | None = None  # steps after which it reaches 0; None: total_steps
+    lr_decay: bool = False  # let the actor's learning rate fall to 0 along a cosine over total_steps
+    lr_decay_steps: int | None = None  # let it do so over this many steps
     max_grad_norm: float | None = None  # limit of the gradient norm of each network; 0: no limit
     actor_target_every: int = 5  # steps between updates of the target actor
     actor_target_start: int = 1000  # step after which the target actor moves
@@ -94,12 +94,13 @@ class Args:
 DEFAULT_SETTINGS = dict(
     total_steps=2_000_000, eval_every=10_000, tau=0.005, diffusion_steps=1000, hidden_dims=(256, 256, 256),
     actor_lr=3e-4, critic_lr=3e-4, max_grad_norm=5.0, reward_tune="none", guidance_weight=1.0,
+    lr_decay_steps=None,
 )
 # Ours, to learn in minutes on a CPU.
 MINI = dict(total_steps=12_000, eval_every=3_000, tau=0.03, hidden_dims=(128, 128, 128),
             actor_lr=1e-3, critic_lr=1e-3, reward_tune="iql_locomotion")
-BANDIT = dict(total_steps=1_500, eval_every=500, hidden_dims=(128, 128, 128),
-              actor_lr=3e-3, critic_lr=3e-3)
+BANDIT = dict(total_steps=2_000, eval_every=500, lr_decay_steps=2_000, tau=0.03, diffusion_steps=50,
+              hidden_dims=(128, 128, 128), actor_lr=3e-3, critic_lr=3e-3)
 # Steps, learning rates and loss weights per domain from the paper's Table 3, gradient limits and reward rules
 # from the official code; the last rows are ours.
 ANTMAZE = dict(total_steps=1_000_000, reward_tune="cql_antmaze")
@@ -427,10 +428,10 @@ class Batch(NamedTuple):
 class Draws(NamedTuple):
     """Every random number of one EDP + TD3 update."""
 
-    next_action_noise: Tensor  # (noise_steps, batch * next_actions, action_dim)
+    next_action_noise: Tensor  # (noise_steps, next_rows, action_dim), see draw()
     t: Tensor  # (batch,), uniform in 1..T
     eps: Tensor  # (batch, action_dim)
-    action_noise: Tensor  # (noise_steps, batch, action_dim), for the chain without action approximation
+    action_noise: Tensor  # (noise_steps, batch or 0, action_dim), empty with action approximation
     member: Tensor  # 0 or 1, 0-d: the critic whose Q the actor raises
 
 
@@ -441,6 +442,8 @@ class EDPTD3(nn.Module):
         super().__init__()
         self.args, self.action_dim = args, action_dim
         self.num_next_actions = args.num_q_samples if args.max_q_backup else 1
+        if args.top_k > args.num_q_samples:
+            raise UserError(f"--top-k is {args.top_k}; there are only --num-q-samples {args.num_q_samples}")
         self.beta, self.alpha_bar = noise_schedule(args.noise_schedule, args.diffusion_steps)
         self.sigma = posterior_std(self.beta, self.alpha_bar)
         self.noise_steps = args.diffusion_steps if args.sampler == "ddpm" else 1
@@ -468,8 +471,8 @@ class EDPTD3(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Write into tensors what depends on the number of finished updates, so that update() need not."""
-        decay_steps = self.args.lr_decay_steps or self.args.total_steps
-        decay = cosine_decay(step, decay_steps) if self.args.lr_decay else 1.0
+        decay_steps = self.args.lr_decay_steps or (self.args.total_steps if self.args.lr_decay else math.inf)
+        decay = cosine_decay(step, decay_steps)
         self.optimizers["actor"].param_groups[0]["lr"].fill_(self.args.actor_lr * decay)
         step += 1  # the authors count the update that is to come
         moves = step > self.args.actor_target_start and step % self.args.actor_target_every == 0

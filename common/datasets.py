@@ -406,6 +406,7 @@ def tune_rewards(data: Dataset, rule: str) -> np.ndarray:
         "antmaze": (0.25, 1 / 2),
         "antmaze100": (0, 1 / 100),
         "normalize": (rewards.mean(), rewards.std(ddof=1)),
+        "minmax": ((rewards.max() + rewards.min()) / 2, np.ptp(rewards) / 2),  # onto [-1, 1]
     }
     if rule not in rules:
         raise UserError(f"unknown reward rule {rule!r}; choose from {', '.join(rules)}")

@@ -33,7 +33,10 @@ from common.scores import normalized_score
 LEAST = {"seed": 0, "eval_episodes": 0, "gamma": 0, "tau": 0, "actor_lr": 0, "critic_lr": 0}
 LEAST |= {"total_steps": 1, "batch_size": 1, "eval_every": 1, "log_every": 1, "save_every": 1}
 LEAST |= {"diffusion_steps": 1, "actor_target_every": 1, "lr_decay_steps": 1}
-MOST = {"seed": 2**63 - 1, "gamma": 1, "tau": 1}
+LEAST |= dict.fromkeys(("eta", "alpha", "guidance_weight", "bc_weight", "max_weight", "noise_scale"), 0)
+LEAST |= {"max_grad_norm": 0, "weight_decay": 0, "expectile": 0, "inverse_temperature": 0, "top_k": 1}
+LEAST |= {"temperature": 1e-6, "policy_scale": 1e-6, "time_dim": 4}
+MOST = {"seed": 2**63 - 1, "gamma": 1, "tau": 1, "expectile": 1}
 SUMMARY = ("final", "best", "last_ten")
 
 

@@ -79,6 +79,84 @@ def ancestral_sample(predict_noise, noise, betas, clip):
     return x
 
 
+def clipped_ddim(predict_noise, x, betas):
+    """Deterministic sampling of one number; the clean value is clipped to [-1, 1], the noise follows it."""
+    bars = alpha_bars(betas)
+    for t in range(len(betas) - 1, 0, -1):
+        x_0 = (x - math.sqrt(1 - bars[t]) * predict_noise(x, t)) / math.sqrt(bars[t])
+        x_0 = min(max(x_0, -1.0), 1.0)
+        eps = (x - math.sqrt(bars[t]) * x_0) / math.sqrt(1 - bars[t])
+        x = noisy(x_0, eps, bars[t - 1])
+    return x
+
+
+def dpm_solver(predict_noise, x, betas, num_calls, t_end, clip):
+    """Singlestep DPM-Solver on one number, as its paper's Algorithms 1, 4 and 5 state it.
+
+    log alpha is linear between the timesteps, lambda = log(alpha / sigma), and a step of order m evaluates
+    the noise at m times that divide it evenly. The last steps have order 2 and 1 if num_calls is a multiple
+    of 3, else a last one has what is left.
+    """
+    bars, last = alpha_bars(betas), len(betas) - 1
+
+    def log_alpha(t):
+        low = min(int(t), last - 1)
+        at = [0.5 * math.log(bars[low]), 0.5 * math.log(bars[low + 1])]
+        return at[0] + (t - low) * (at[1] - at[0])
+
+    def sigma(t):
+        return math.sqrt(1 - math.exp(log_alpha(t)) ** 2)
+
+    def lam(t):
+        return log_alpha(t) - math.log(sigma(t))
+
+    def time_of(target):  # lambda falls as t grows
+        low, high = 1.0, float(last)
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if lam(middle) > target else (low, middle)
+        return (low + high) / 2
+
+    def noise(x, t):
+        eps = predict_noise(x, t)
+        if clip:  # keep (x - sigma eps) / alpha in [-1, 1], with the schedule at the last whole timestep
+            bar = bars[int(t + 1e-6)]
+            bounds = sorted((x - sign * math.sqrt(bar)) / math.sqrt(1 - bar) for sign in (1, -1))
+            eps = min(max(eps, bounds[0]), bounds[1])
+        return eps
+
+    left, s = num_calls, float(last)
+    grid = (t_end * last - last) / num_calls
+    while left:
+        order = 3 if left > 3 else {3: 2, 2: 2, 1: 1}[left] if num_calls % 3 == 0 else left
+        t = s + order * grid
+        h = lam(t) - lam(s)
+        eps_s = noise(x, s)
+        ratio = math.exp(log_alpha(t) - log_alpha(s))
+        if order == 1:
+            x = ratio * x - sigma(t) * math.expm1(h) * eps_s
+        else:
+            r1 = (lam(s + (t - s) / order) - lam(s)) / h
+            s1 = time_of(lam(s) + r1 * h)
+            u1 = math.exp(log_alpha(s1) - log_alpha(s)) * x - sigma(s1) * math.expm1(r1 * h) * eps_s
+            d1 = noise(u1, s1) - eps_s
+            if order == 2:
+                x = ratio * x - sigma(t) * math.expm1(h) * eps_s - sigma(t) / (2 * r1) * math.expm1(h) * d1
+            else:
+                r2 = (lam(s + 2 * (t - s) / 3) - lam(s)) / h
+                s2 = time_of(lam(s) + r2 * h)
+                u2 = math.exp(log_alpha(s2) - log_alpha(s)) * x - sigma(s2) * math.expm1(r2 * h) * eps_s
+                u2 -= sigma(s2) * r2 / r1 * (math.expm1(r2 * h) / (r2 * h) - 1) * d1
+                d2 = noise(u2, s2) - eps_s
+                x = (
+                    ratio * x
+                    - sigma(t) * math.expm1(h) * eps_s
+                    - sigma(t) / r2 * (math.expm1(h) / h - 1) * d2
+                )
+        left, s = left - order, t
+    return x
+
+
 def ensemble_target(reward, terminal, gamma, next_q, kind, rho, max_q_backup):
     """The target value of one transition; next_q[h][j] is critic h's value of next action j."""
     values = [max(of_critic) if max_q_backup else sum(of_critic) / len(of_critic) for of_critic in next_q]

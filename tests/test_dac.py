@@ -259,18 +259,18 @@ def test_compiled_update_equals_eager():
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3, atol=1e-5)
 
 
-def sampled_actions(tmp_path, monkeypatch, **options):
-    """Train on the four corners, then 1000 actions of the policy."""
-    agents = []
+def sampled_actions(script, agent_name, tmp_path, monkeypatch, **options):
+    """Train an agent on the four corners, then 1000 actions of its policy."""
+    agents, original = [], getattr(script, agent_name)
 
-    class Recorded(dac.DAC):
+    class Recorded(original):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             agents.append(self)
 
-    monkeypatch.setattr(dac, "DAC", Recorded)
-    args = dac.Args(env_id=TASK, run_dir=str(tmp_path), total_steps=1000, eval_episodes=0, **options)
-    dac.train(args)
+    monkeypatch.setattr(script, agent_name, Recorded)
+    args = script.Args(env_id=TASK, run_dir=str(tmp_path), eval_episodes=0, **options)
+    script.train(args)
     monkeypatch.undo()
     torch.manual_seed(0)
     return agents[0].act(torch.zeros(1000, 1)).numpy()
@@ -279,10 +279,11 @@ def sampled_actions(tmp_path, monkeypatch, **options):
 def test_dac_learns_the_best_mode_of_a_bandit(tmp_path, monkeypatch):
     """The best corner holds a sixth of the data. Behaviour cloning leaves it at that, DAC moves onto it."""
     best_corner = BANDITS[TASK][-1]
-    actions = sampled_actions(tmp_path, monkeypatch)
+    actions = sampled_actions(dac, "DAC", tmp_path, monkeypatch, total_steps=1000)
     assert (np.linalg.norm(actions - best_corner, axis=1) < 0.25).mean() > 0.7
 
-    actions = sampled_actions(tmp_path, monkeypatch, q_guidance="none", num_action_samples=1)
+    cloning = dict(q_guidance="none", num_action_samples=1)
+    actions = sampled_actions(dac, "DAC", tmp_path, monkeypatch, total_steps=1000, **cloning)
     assert (np.linalg.norm(actions - best_corner, axis=1) < 0.25).mean() < 0.25
     counts = np.bincount(bandit_mode(TASK, actions), minlength=4)
     assert counts.min() > 100  # all four corners are still there

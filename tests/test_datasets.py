@@ -674,6 +674,7 @@ def with_rewards(rewards, episode_ends):
         ("antmaze100", [0, 100, 300, 200]),
         ("iql_locomotion", [0, 250, 750, 500]),  # returns 1 and 5
         ("normalize", np.array([-1.5, -0.5, 1.5, 0.5]) / np.sqrt(5 / 3)),
+        ("minmax", np.array([-3, -1, 3, 1]) / 3),
     ],
 )
 def test_reward_rules(rule, expected):
@@ -687,7 +688,7 @@ def test_reward_rules_refuse():
         UserError, match="unknown reward rule 'no'; choose from none, iql_locomotion, iql_antmaze"
     ):
         tune_rewards(with_rewards([0, 1], [1, 1]), "no")
-    for rule in ("iql_locomotion", "normalize"):
+    for rule in ("iql_locomotion", "normalize", "minmax"):
         with pytest.raises(UserError, match=f"a-task: reward rule {rule} is undefined"):
             tune_rewards(with_rewards([0.1] * 9, [0, 0, 1] * 3), rule)
     with pytest.raises(UserError, match="undefined"):  # one episode only

@@ -28,16 +28,26 @@ SIZES = {
     "hidden": 17,
     "num_q_samples": 19,
     "num_action_samples": 23,
+    "num_advantage_samples": 31,
+    "num_likelihood_samples": 37,
     "time_dim": 2 * 29,
 }
 STORED, BATCH_SIZE, STATES = 101, 7, 2  # transitions in the data, in an update; states to act in
-SAMPLES = [1, SIZES["num_q_samples"], SIZES["num_action_samples"]]
+SAMPLES = [1, SIZES["num_q_samples"], SIZES["num_action_samples"], 1 + SIZES["num_advantage_samples"]]
 POSSIBLE = {name: {size} for name, size in SIZES.items()} | {
     "batch": {STORED, *(rows * samples for rows in (BATCH_SIZE, STATES) for samples in SAMPLES)},
-    "num_members": {SIZES["num_qs"]},
+    "num_qs": {SIZES["num_qs"], 2},  # two where it is no argument
+    "num_members": {SIZES["num_qs"], 2},
+    "next_rows": {BATCH_SIZE, BATCH_SIZE * SIZES["num_q_samples"]},
+    "noise_steps": {1, SIZES["T"]},
     "n_out": {SIZES["hidden"], 1},
 }
 
+EDP = [
+    {"dpm_calls": 7, "likelihood": "sampled"},
+    {"sampler": "ddpm", "likelihood": "gaussian", "max_q_backup": True},
+    {"sampler": "ddim", "likelihood": "elbo", "action_approximation": False},
+]
 # script: its agent, and arguments that lead through all of its branches
 SCRIPTS = {
     "dac": (
@@ -49,6 +59,10 @@ SCRIPTS = {
             {"q_guidance": "none", "q_target": "rand_convex", "clip_sampler": False},
         ],
     ),
+    "diffusion_ql": ("DiffusionQL", [{}, {"max_q_backup": True}]),
+    "edp_td3": ("EDPTD3", EDP),
+    "edp_crr": ("EDPCRR", EDP),
+    "edp_iql": ("EDPIQL", EDP),
 }
 
 
@@ -147,7 +161,8 @@ def run_checked(path, agent_name, variants):
             "diffusion_steps": SIZES["T"],
         }
         arguments |= {name: size for name, size in SIZES.items() if hasattr(module.Args(), name)}
-        args = module.Args(**arguments | variant)
+        known = {name: value for name, value in variant.items() if hasattr(module.Args(), name)}
+        args = module.Args(**arguments | known)
         agent = getattr(module, agent_name)(obs_dim, action_dim, args, torch.device("cpu"))
         agent.set_step(1)
         data = {

@@ -70,8 +70,10 @@ def make_args(case, overrides):
     values |= {OPTIONS[name]: value for name, value in options.items()}
     if values["noise_schedule"] == "linear":
         values["noise_schedule"] = "scaled_linear"
-    if not values["max_grad_norm"]:
-        values["lr_decay"] = False  # the authors' code decays only where it clips
+    if not (
+        values.pop("lr_decay") and values["max_grad_norm"]
+    ):  # the authors' code decays only where it clips
+        values["lr_decay_steps"] = None
     if algorithm == "IQL":
         values["gamma"] **= nstep
     fields = module.Args.__dataclass_fields__

@@ -1,0 +1,158 @@
+"""diffusion_ql.py piece by piece against tests/reference.py, and a task that it must learn."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+from test_dac import sampled_actions
+
+import diffusion_ql
+from common.datasets import BANDITS, bandit_mode
+
+CPU = torch.device("cpu")
+TASK = "bandit-corners-v0"
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def small_agent(**options):
+    settings = diffusion_ql.DEFAULT_SETTINGS | dict(hidden_dims=(16, 16)) | options
+    torch.manual_seed(0)
+    return diffusion_ql.DiffusionQL(4, 2, diffusion_ql.Args(**settings), CPU)
+
+
+def random_batch(size=5):
+    return diffusion_ql.Batch(
+        obs=torch.randn(size, 4),
+        action=torch.rand(size, 2) * 2 - 1,
+        reward=torch.randn(size),
+        next_obs=torch.randn(size, 4),
+        terminal=(torch.arange(size) % 2).to(torch.get_default_dtype()),
+    )
+
+
+def test_init_uniform():
+    torch.manual_seed(0)
+    critic = diffusion_ql.EnsembleCritic(100, 20, 2, (400, 400))
+    diffusion_ql.init_uniform(critic)
+    for layer in critic.layers[:2]:
+        bound = layer.weight.shape[1] ** -0.5
+        for parameter in (layer.weight, layer.bias):
+            assert 0.95 * bound < parameter.abs().max() <= bound
+            assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_samples_stay_within_the_bounds():
+    agent = small_agent()
+    actions = agent.sample(agent.actor, torch.randn(100, 4), torch.randn(5, 100, 2))
+    assert actions.abs().max() <= 1
+
+
+@pytest.mark.parametrize("max_q_backup", [False, True])
+def test_critic_loss(float64, max_q_backup):
+    agent = small_agent(max_q_backup=max_q_backup, num_q_samples=4)
+    batch, draws = random_batch(), agent.draw(5)
+    loss, _ = agent.critic_loss(batch, draws)
+    n = 4 if max_q_backup else 1
+    next_obs = batch.next_obs.repeat_interleave(n, dim=0)
+    actions = agent.sample(agent.actor_target, next_obs, draws.next_action_noise)
+    next_q = agent.critic_target(next_obs, actions).view(2, 5, n)
+    q = agent.critic(batch.obs, batch.action)
+    expected = 0
+    for row in range(5):
+        transition = batch.reward[row].item(), bool(batch.terminal[row]), agent.args.gamma
+        target = reference.ensemble_target(*transition, next_q[:, row].tolist(), "min", None, True)
+        expected += sum((q[member, row].item() - target) ** 2 for member in (0, 1)) / 5
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("member", [0, 1])
+def test_q_loss(float64, member):
+    """The chosen critic's mean over the other's mean absolute value, which has no gradient."""
+    agent, batch = small_agent(eta=0.7), random_batch()
+    draws = agent.draw(5)._replace(member=torch.tensor(member))
+    loss, metrics = agent.actor_loss(batch, draws)
+    action = agent.sample(agent.actor, batch.obs, draws.action_noise)
+    q = agent.critic(batch.obs, action)
+    expected = -q[member].mean() / q[1 - member].abs().mean().item()
+    assert metrics["q_loss"].item() == pytest.approx(expected.item())
+    assert loss.item() == pytest.approx((metrics["bc_loss"] + 0.7 * expected).item())
+    weight = agent.actor.layers[0].weight
+    gradients = [torch.autograd.grad(each, weight)[0] for each in (metrics["q_loss"], expected)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().sum() > 0
+
+
+def test_gradients_stay_where_they_belong():
+    agent, batch = small_agent(), random_batch()
+    draws = agent.draw(5)
+    for trained, (loss, _) in {
+        "critic": agent.critic_loss(batch, draws),
+        "actor": agent.actor_loss(batch, draws),
+    }.items():
+        agent.zero_grad()
+        loss.backward()
+        for name, network in agent.named_children():
+            gradients = [parameter.grad is not None for parameter in network.parameters()]
+            assert all(gradients) if name == trained else not any(gradients), (trained, name)
+
+
+def test_target_actor_moves_every_fifth_step_from_the_thousandth():
+    agent = small_agent()
+    moved = [step for step in range(994, 1021) if agent.set_step(step) or agent.actor_tau > 0]
+    assert moved == [1000, 1005, 1010, 1015, 1020]
+
+
+@pytest.mark.parametrize("lr_decay", [False, True])
+def test_learning_rates(lr_decay):
+    agent = small_agent(lr_decay=lr_decay, total_steps=100, actor_lr=1.0, critic_lr=2.0)
+    rates = []
+    for step in (0, 50, 100, 150):
+        agent.set_step(step)
+        rates.append([agent.optimizers[name].param_groups[0]["lr"].item() for name in ("actor", "critic")])
+    expected = [[1, 2], [0.5, 1], [0, 0], [0, 0]] if lr_decay else [[1, 2]] * 4
+    np.testing.assert_allclose(rates, expected, atol=1e-6)
+
+
+def test_gradients_are_limited_unless_the_limit_is_0():
+    batch = random_batch()
+    for limit in (0.01, 0):
+        agent = small_agent(max_grad_norm=limit)
+        loss, _ = agent.critic_loss(batch, agent.draw(5))
+        norm = agent.descend("critic", loss)
+        left = torch.nn.utils.get_total_norm([each.grad for each in agent.critic.parameters()])
+        assert left.item() == pytest.approx(0.01 if limit else norm.item(), rel=1e-3)
+
+
+def test_act_takes_a_candidate_by_softmax_of_q(monkeypatch):
+    agent, obs = small_agent(num_action_samples=7), torch.randn(5, 4)
+    noise, seen = torch.randn(agent.args.diffusion_steps, 35, 2), []
+
+    def multinomial(probabilities, count):
+        seen.append(probabilities)
+        return torch.tensor([[0], [3], [6], [1], [2]])
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    action = agent.act(obs, noise)
+    with torch.no_grad():
+        candidates = agent.sample(agent.actor, obs.repeat_interleave(7, dim=0), noise).view(5, 7, 2)
+        q = torch.stack([agent.critic_target(obs, candidates[:, j]).amin(0) for j in range(7)])  # (7, 5)
+    torch.testing.assert_close(seen[0], q.softmax(0).T)
+    torch.testing.assert_close(action, candidates[torch.arange(5), [0, 3, 6, 1, 2]])
+
+
+def test_learns_the_best_mode_of_a_bandit(tmp_path, monkeypatch):
+    """The best corner holds a sixth of the data. Behaviour cloning leaves it at that."""
+    best_corner = BANDITS[TASK][-1]
+    actions = sampled_actions(diffusion_ql, "DiffusionQL", tmp_path, monkeypatch)
+    assert (np.linalg.norm(actions - best_corner, axis=1) < 0.25).mean() > 0.7
+
+    cloning = dict(eta=0.0, num_action_samples=1)
+    actions = sampled_actions(diffusion_ql, "DiffusionQL", tmp_path / "bc", monkeypatch, **cloning)
+    assert (np.linalg.norm(actions - best_corner, axis=1) < 0.25).mean() < 0.25
+    assert np.bincount(bandit_mode(TASK, actions), minlength=4).min() > 100  # all four are still there
