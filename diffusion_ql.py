@@ -69,8 +69,8 @@ class Args:
     num_q_samples: int = 10  # actions sampled per next state with max_q_backup; one without
     actor_lr: float | None = None  # learning rate of the actor
     critic_lr: float | None = None  # learning rate of the critics
-    lr_decay: bool = False  # let both learning rates fall to 0 along a cosine over total_steps (D3)
-    lr_decay_steps: int | None = None  # let them do so over this many steps
+    lr_decay: bool = False  # let both learning rates fall to 0 along a cosine (D3)
+    lr_decay_steps: int | None = None  # steps after which they reach 0; None: total_steps
     max_grad_norm: float | None = None  # limit of the global gradient norm, per optimizer; 0: no limit
     actor_target_every: int = 5  # steps between updates of the target actor
     actor_target_start: int = 1000  # finished steps before the target actor moves
@@ -82,12 +82,12 @@ class Args:
 DEFAULT_SETTINGS = dict(
     total_steps=2_000_000, eval_every=50_000, tau=0.005, diffusion_steps=5, hidden_dims=(256, 256, 256),
     eta=1.0, max_q_backup=False, actor_lr=3e-4, critic_lr=3e-4, max_grad_norm=5.0, reward_tune="none",
-    lr_decay_steps=None,
+    lr_decay=False,
 )
 # Ours, to learn in minutes on a CPU.
 MINI = dict(total_steps=12_000, eval_every=3_000, tau=0.03, hidden_dims=(128, 128, 128),
             actor_lr=1e-3, critic_lr=1e-3, eta=1.0, reward_tune="iql_locomotion")
-BANDIT = dict(total_steps=1_500, eval_every=500, lr_decay_steps=1_500, tau=0.03, hidden_dims=(128, 128, 128),
+BANDIT = dict(total_steps=1_500, eval_every=500, lr_decay=True, tau=0.03, hidden_dims=(128, 128, 128),
               actor_lr=3e-3, critic_lr=3e-3, eta=0.3)
 # From the official code's table, its epochs of 1,000 steps; the last rows are ours.
 ANTMAZE = dict(total_steps=1_000_000, reward_tune="cql_antmaze", max_q_backup=True)
@@ -258,7 +258,7 @@ class EnsembleCritic(nn.Module):
 
 
 def member_q(critic: EnsembleCritic, member: Tensor, obs: Tensor, action: Tensor) -> Tensor:
-    """Q of the member with a 0-d index, no other computed; differentiable in the action only."""
+    """Q of the member with this 0-d index; no other is computed, and only the action gets a gradient."""
     x = torch.cat([obs, action], dim=1)  # (batch, obs_dim + action_dim)
     for layer in critic.layers[:-1]:
         x = mish(x @ layer.weight.detach()[member] + layer.bias.detach()[member])  # (batch, hidden)
@@ -333,8 +333,8 @@ class DiffusionQL(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Write into tensors what depends on the number of finished updates, so that update() need not."""
-        decay_steps = self.args.lr_decay_steps or (self.args.total_steps if self.args.lr_decay else math.inf)
-        decay = cosine_decay(step, decay_steps)
+        decay_steps = self.args.lr_decay_steps or self.args.total_steps
+        decay = cosine_decay(step, decay_steps) if self.args.lr_decay else 1.0
         self.optimizers["actor"].param_groups[0]["lr"].fill_(self.args.actor_lr * decay)
         self.optimizers["critic"].param_groups[0]["lr"].fill_(self.args.critic_lr * decay)
         moves = step >= self.args.actor_target_start and step % self.args.actor_target_every == 0  # D2

@@ -71,8 +71,8 @@ class Args:
     actor_lr: float | None = None  # learning rate of the actor
     critic_lr: float | None = None  # learning rate of the critics
     weight_decay: float = 0.0  # decoupled weight decay of the critics
-    lr_decay: bool = False  # let the actor's learning rate fall to 0 along a cosine over total_steps
-    lr_decay_steps: int | None = None  # let it do so over this many steps
+    lr_decay: bool = False  # let the actor's learning rate fall to 0 along a cosine
+    lr_decay_steps: int | None = None  # steps after which it reaches 0; None: total_steps
     max_grad_norm: float | None = None  # limit of the gradient norm of each network; 0: no limit
     actor_target_every: int = 5  # steps between updates of the target actor
     actor_target_start: int = 1000  # step after which the target actor moves
@@ -94,7 +94,7 @@ class Args:
     num_advantage_samples: int = 10  # actions for the baseline of the advantage, Eq. 5
     advantage_baseline: Literal["mean", "max"] = "mean"  # over these actions
     advantage_weight: Literal["exp", "heaviside", "softmax"] = "exp"  # from advantage to weight, Eq. 5
-    temperature: float = 1.0  # divides the advantage, beta
+    temperature: float | None = None  # divides the advantage, beta
     max_weight: float = 20.0  # upper bound of the exponential weight
 
 
@@ -102,13 +102,13 @@ class Args:
 DEFAULT_SETTINGS = dict(
     total_steps=2_000_000, eval_every=10_000, tau=0.005, diffusion_steps=1000, hidden_dims=(256, 256, 256),
     actor_lr=3e-4, critic_lr=3e-4, max_grad_norm=5.0, reward_tune="none", guidance_weight=1.0,
-    lr_decay_steps=None,
+    lr_decay=False, temperature=1.0,
 )
 # Ours, to learn in minutes on a CPU.
 MINI = dict(total_steps=12_000, eval_every=3_000, tau=0.03, hidden_dims=(128, 128, 128),
             actor_lr=1e-3, critic_lr=1e-3, reward_tune="iql_locomotion")
-BANDIT = dict(total_steps=2_000, eval_every=500, lr_decay_steps=2_000, tau=0.03, diffusion_steps=50,
-              hidden_dims=(128, 128, 128), actor_lr=3e-3, critic_lr=3e-3)
+BANDIT = dict(total_steps=2_000, eval_every=500, lr_decay=True, tau=0.03, diffusion_steps=50,
+              hidden_dims=(128, 128, 128), actor_lr=3e-3, critic_lr=3e-3, temperature=0.1)
 # Steps, learning rates and loss weights per domain from the paper's Table 3, gradient limits and reward rules
 # from the official code; the last rows are ours.
 ANTMAZE = dict(total_steps=1_000_000, reward_tune="cql_antmaze")
@@ -460,7 +460,7 @@ class EDPCRR(nn.Module):
         self.sigma = posterior_std(self.beta, self.alpha_bar)
         self.noise_steps = args.diffusion_steps if args.sampler == "ddpm" else 1
         if args.sampler == "dpm":
-            t_end = args.dpm_t_end or 1 / args.diffusion_steps
+            t_end = 1 / args.diffusion_steps if args.dpm_t_end is None else args.dpm_t_end
             self.plan = dpm_solver_plan(self.alpha_bar, args.dpm_calls, t_end)
         self.actor = EDPNoisePredictor(obs_dim, action_dim, args.time_dim, args.hidden_dims)
         self.critic = EnsembleCritic(obs_dim, action_dim, 2, args.hidden_dims)
@@ -475,11 +475,10 @@ class EDPCRR(nn.Module):
         self.to(device)
         self.device = device
         adam = partial(torch.optim.AdamW, fused=True, capturable=device.type == "cuda")
-        critic_lr, decay = torch.tensor(args.critic_lr, device=device), args.weight_decay
+        actor_lr, critic_lr = (torch.tensor(lr, device=device) for lr in (args.actor_lr, args.critic_lr))
+        decay = args.weight_decay
         self.optimizers = {
-            "actor": adam(
-                self.actor.parameters(), torch.tensor(args.actor_lr, device=device), weight_decay=0
-            ),
+            "actor": adam(self.actor.parameters(), actor_lr, weight_decay=0),
             "critic": adam(self.critic.parameters(), critic_lr, weight_decay=decay),
         }
         if args.learn_std:
@@ -487,8 +486,8 @@ class EDPCRR(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Write into tensors what depends on the number of finished updates, so that update() need not."""
-        decay_steps = self.args.lr_decay_steps or (self.args.total_steps if self.args.lr_decay else math.inf)
-        decay = cosine_decay(step, decay_steps)
+        decay_steps = self.args.lr_decay_steps or self.args.total_steps
+        decay = cosine_decay(step, decay_steps) if self.args.lr_decay else 1.0
         self.optimizers["actor"].param_groups[0]["lr"].fill_(self.args.actor_lr * decay)
         step += 1  # the authors count the update that is to come
         moves = step > self.args.actor_target_start and step % self.args.actor_target_every == 0
@@ -496,19 +495,16 @@ class EDPCRR(nn.Module):
 
     def draw(self, batch_size: int) -> Draws:
         """Fresh random numbers for one update."""
-        device, chain_rows = self.device, 0 if self.args.action_approximation else batch_size
+        device, rows = self.device, (batch_size, self.action_dim)
+        chain_rows = 0 if self.args.action_approximation else batch_size
         next_rows = batch_size * self.num_next_actions
         return Draws(
             next_action_noise=torch.randn(self.noise_steps, next_rows, self.action_dim, device=device),
             t=torch.randint(1, self.args.diffusion_steps + 1, (batch_size,), device=device),
-            eps=torch.randn(batch_size, self.action_dim, device=device),
+            eps=torch.randn(*rows, device=device),
             action_noise=torch.randn(self.noise_steps, chain_rows, self.action_dim, device=device),
-            advantage_noise=torch.randn(
-                self.args.num_advantage_samples, batch_size, self.action_dim, device=device
-            ),
-            likelihood_noise=torch.randn(
-                self.args.num_likelihood_samples, batch_size, self.action_dim, device=device
-            ),
+            advantage_noise=torch.randn(self.args.num_advantage_samples, *rows, device=device),
+            likelihood_noise=torch.randn(self.args.num_likelihood_samples, *rows, device=device),
         )
 
     def sample(self, actor: EDPNoisePredictor, obs: Tensor, noise: Tensor, scale: float = 1.0) -> Tensor:

@@ -71,8 +71,8 @@ class Args:
     actor_lr: float | None = None  # learning rate of the actor
     critic_lr: float | None = None  # learning rate of the critics and of V
     weight_decay: float = 0.0  # decoupled weight decay of the critics and of V
-    lr_decay: bool = False  # let the actor's learning rate fall to 0 along a cosine over total_steps
-    lr_decay_steps: int | None = None  # let it do so over this many steps
+    lr_decay: bool = False  # let the actor's learning rate fall to 0 along a cosine
+    lr_decay_steps: int | None = None  # steps after which it reaches 0; None: total_steps
     max_grad_norm: float | None = None  # limit of the gradient norm of each network; 0: no limit
     action_approximation: bool = True  # Eq. 2; without, the gradient runs through the sampler's whole chain
     num_action_samples: int = 10  # candidate actions per state when acting, one drawn by softmax of Q (EAS)
@@ -86,7 +86,7 @@ class Args:
     learn_std: bool = False  # learn the standard deviation of the Gaussian around the policy's action; else 1
     bc_weight: float = 1.0  # weight of the noise regression
     advantage_weight: Literal["exp", "softmax"] = "exp"  # from advantage to weight, Eq. 6
-    inverse_temperature: float = 3.0  # multiplies the advantage
+    inverse_temperature: float | None = None  # multiplies the advantage
     max_weight: float = 100.0  # upper bound of the exponential weight
 
 
@@ -94,13 +94,14 @@ class Args:
 DEFAULT_SETTINGS = dict(
     total_steps=2_000_000, eval_every=10_000, tau=0.005, diffusion_steps=1000, hidden_dims=(256, 256, 256),
     actor_lr=3e-4, critic_lr=3e-4, max_grad_norm=5.0, reward_tune="iql_locomotion", guidance_weight=1.0,
-    lr_decay_steps=None, expectile=0.7,
+    lr_decay=False, expectile=0.7, inverse_temperature=3.0,
 )
 # Ours, to learn in minutes on a CPU.
 MINI = dict(total_steps=12_000, eval_every=3_000, tau=0.03, hidden_dims=(128, 128, 128),
             actor_lr=1e-3, critic_lr=1e-3)
-BANDIT = dict(total_steps=2_000, eval_every=500, lr_decay_steps=2_000, tau=0.03, diffusion_steps=50,
-              hidden_dims=(128, 128, 128), actor_lr=3e-3, critic_lr=3e-3, reward_tune="none")
+BANDIT = dict(total_steps=2_000, eval_every=500, lr_decay=True, tau=0.03, diffusion_steps=50,
+              hidden_dims=(128, 128, 128), actor_lr=3e-3, critic_lr=3e-3, inverse_temperature=10.0,
+              reward_tune="none")
 # Steps, learning rates and loss weights per domain from the paper's Table 3, gradient limits and reward rules
 # from the official code; the last rows are ours.
 ANTMAZE = dict(total_steps=1_000_000, reward_tune="iql_antmaze", expectile=0.9)
@@ -454,7 +455,7 @@ class EDPIQL(nn.Module):
         self.sigma = posterior_std(self.beta, self.alpha_bar)
         self.noise_steps = args.diffusion_steps if args.sampler == "ddpm" else 1
         if args.sampler == "dpm":
-            t_end = args.dpm_t_end or 1 / args.diffusion_steps
+            t_end = 1 / args.diffusion_steps if args.dpm_t_end is None else args.dpm_t_end
             self.plan = dpm_solver_plan(self.alpha_bar, args.dpm_calls, t_end)
         self.actor = EDPNoisePredictor(obs_dim, action_dim, args.time_dim, args.hidden_dims)
         self.critic = EnsembleCritic(obs_dim, action_dim, 2, args.hidden_dims)
@@ -468,11 +469,10 @@ class EDPIQL(nn.Module):
         self.to(device)
         self.device = device
         adam = partial(torch.optim.AdamW, fused=True, capturable=device.type == "cuda")
-        critic_lr, decay = torch.tensor(args.critic_lr, device=device), args.weight_decay
+        actor_lr, critic_lr = (torch.tensor(lr, device=device) for lr in (args.actor_lr, args.critic_lr))
+        decay = args.weight_decay
         self.optimizers = {
-            "actor": adam(
-                self.actor.parameters(), torch.tensor(args.actor_lr, device=device), weight_decay=0
-            ),
+            "actor": adam(self.actor.parameters(), actor_lr, weight_decay=0),
             "critic": adam(self.critic.parameters(), critic_lr, weight_decay=decay),
             "value": adam(self.value.parameters(), critic_lr, weight_decay=decay),
         }
@@ -481,16 +481,17 @@ class EDPIQL(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Write into tensors what depends on the number of finished updates, so that update() need not."""
-        decay_steps = self.args.lr_decay_steps or (self.args.total_steps if self.args.lr_decay else math.inf)
-        decay = cosine_decay(step, decay_steps)
+        decay_steps = self.args.lr_decay_steps or self.args.total_steps
+        decay = cosine_decay(step, decay_steps) if self.args.lr_decay else 1.0
         self.optimizers["actor"].param_groups[0]["lr"].fill_(self.args.actor_lr * decay)
 
     def draw(self, batch_size: int) -> Draws:
         """Fresh random numbers for one update."""
-        device, chain_rows = self.device, 0 if self.args.action_approximation else batch_size
+        device, rows = self.device, (batch_size, self.action_dim)
+        chain_rows = 0 if self.args.action_approximation else batch_size
         return Draws(
             t=torch.randint(1, self.args.diffusion_steps + 1, (batch_size,), device=device),
-            eps=torch.randn(batch_size, self.action_dim, device=device),
+            eps=torch.randn(*rows, device=device),
             action_noise=torch.randn(self.noise_steps, chain_rows, self.action_dim, device=device),
         )
 

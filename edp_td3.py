@@ -71,8 +71,8 @@ class Args:
     actor_lr: float | None = None  # learning rate of the actor
     critic_lr: float | None = None  # learning rate of the critics
     weight_decay: float = 0.0  # decoupled weight decay of the critics
-    lr_decay: bool = False  # let the actor's learning rate fall to 0 along a cosine over total_steps
-    lr_decay_steps: int | None = None  # let it do so over this many steps
+    lr_decay: bool = False  # let the actor's learning rate fall to 0 along a cosine
+    lr_decay_steps: int | None = None  # steps after which it reaches 0; None: total_steps
     max_grad_norm: float | None = None  # limit of the gradient norm of each network; 0: no limit
     actor_target_every: int = 5  # steps between updates of the target actor
     actor_target_start: int = 1000  # step after which the target actor moves
@@ -87,20 +87,20 @@ class Args:
     top_k: int = 1  # rank of the next action that max_q_backup takes, 1 is the best
 
     # --- TD3+BC ---
-    alpha: float = 2.0  # weight of Q over mean |Q|, Eq. 3
+    alpha: float | None = None  # weight of Q over mean |Q|, Eq. 3
 
 
 # fmt: off
 DEFAULT_SETTINGS = dict(
     total_steps=2_000_000, eval_every=10_000, tau=0.005, diffusion_steps=1000, hidden_dims=(256, 256, 256),
     actor_lr=3e-4, critic_lr=3e-4, max_grad_norm=5.0, reward_tune="none", guidance_weight=1.0,
-    lr_decay_steps=None,
+    lr_decay=False, alpha=2.0,
 )
 # Ours, to learn in minutes on a CPU.
 MINI = dict(total_steps=12_000, eval_every=3_000, tau=0.03, hidden_dims=(128, 128, 128),
             actor_lr=1e-3, critic_lr=1e-3, reward_tune="iql_locomotion")
-BANDIT = dict(total_steps=2_000, eval_every=500, lr_decay_steps=2_000, tau=0.03, diffusion_steps=50,
-              hidden_dims=(128, 128, 128), actor_lr=3e-3, critic_lr=3e-3)
+BANDIT = dict(total_steps=2_000, eval_every=500, lr_decay=True, tau=0.03, diffusion_steps=50,
+              hidden_dims=(128, 128, 128), actor_lr=3e-3, critic_lr=3e-3, alpha=0.6)
 # Steps, learning rates and loss weights per domain from the paper's Table 3, gradient limits and reward rules
 # from the official code; the last rows are ours.
 ANTMAZE = dict(total_steps=1_000_000, reward_tune="cql_antmaze")
@@ -366,7 +366,7 @@ class EnsembleCritic(nn.Module):
 
 
 def member_q(critic: EnsembleCritic, member: Tensor, obs: Tensor, action: Tensor) -> Tensor:
-    """Q of the member with a 0-d index, no other computed; differentiable in the action only."""
+    """Q of the member with this 0-d index; no other is computed, and only the action gets a gradient."""
     x = torch.cat([obs, action], dim=1)  # (batch, obs_dim + action_dim)
     for layer in critic.layers[:-1]:
         x = mish(x @ layer.weight.detach()[member] + layer.bias.detach()[member])  # (batch, hidden)
@@ -448,7 +448,7 @@ class EDPTD3(nn.Module):
         self.sigma = posterior_std(self.beta, self.alpha_bar)
         self.noise_steps = args.diffusion_steps if args.sampler == "ddpm" else 1
         if args.sampler == "dpm":
-            t_end = args.dpm_t_end or 1 / args.diffusion_steps
+            t_end = 1 / args.diffusion_steps if args.dpm_t_end is None else args.dpm_t_end
             self.plan = dpm_solver_plan(self.alpha_bar, args.dpm_calls, t_end)
         self.actor = EDPNoisePredictor(obs_dim, action_dim, args.time_dim, args.hidden_dims)
         self.critic = EnsembleCritic(obs_dim, action_dim, 2, args.hidden_dims)
@@ -461,18 +461,17 @@ class EDPTD3(nn.Module):
         self.to(device)
         self.device = device
         adam = partial(torch.optim.AdamW, fused=True, capturable=device.type == "cuda")
-        critic_lr, decay = torch.tensor(args.critic_lr, device=device), args.weight_decay
+        actor_lr, critic_lr = (torch.tensor(lr, device=device) for lr in (args.actor_lr, args.critic_lr))
+        decay = args.weight_decay
         self.optimizers = {
-            "actor": adam(
-                self.actor.parameters(), torch.tensor(args.actor_lr, device=device), weight_decay=0
-            ),
+            "actor": adam(self.actor.parameters(), actor_lr, weight_decay=0),
             "critic": adam(self.critic.parameters(), critic_lr, weight_decay=decay),
         }
 
     def set_step(self, step: int) -> None:
         """Write into tensors what depends on the number of finished updates, so that update() need not."""
-        decay_steps = self.args.lr_decay_steps or (self.args.total_steps if self.args.lr_decay else math.inf)
-        decay = cosine_decay(step, decay_steps)
+        decay_steps = self.args.lr_decay_steps or self.args.total_steps
+        decay = cosine_decay(step, decay_steps) if self.args.lr_decay else 1.0
         self.optimizers["actor"].param_groups[0]["lr"].fill_(self.args.actor_lr * decay)
         step += 1  # the authors count the update that is to come
         moves = step > self.args.actor_target_start and step % self.args.actor_target_every == 0
@@ -480,12 +479,13 @@ class EDPTD3(nn.Module):
 
     def draw(self, batch_size: int) -> Draws:
         """Fresh random numbers for one update."""
-        device, chain_rows = self.device, 0 if self.args.action_approximation else batch_size
+        device, rows = self.device, (batch_size, self.action_dim)
+        chain_rows = 0 if self.args.action_approximation else batch_size
         next_rows = batch_size * self.num_next_actions
         return Draws(
             next_action_noise=torch.randn(self.noise_steps, next_rows, self.action_dim, device=device),
             t=torch.randint(1, self.args.diffusion_steps + 1, (batch_size,), device=device),
-            eps=torch.randn(batch_size, self.action_dim, device=device),
+            eps=torch.randn(*rows, device=device),
             action_noise=torch.randn(self.noise_steps, chain_rows, self.action_dim, device=device),
             member=torch.randint(2, (), device=device),
         )

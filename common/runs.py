@@ -226,7 +226,7 @@ class Run:
         given = given_arguments(args)
         if unknown := self.checkpoint.get("args", {}).keys() - vars(args):
             raise UserError(f"--resume: the checkpoint is of another version, with {', '.join(unknown)}")
-        args = type(args)(**self.checkpoint.get("args", {}) | given)
+        args = type(args)(**dict.fromkeys(defaults) | self.checkpoint.get("args", {}) | given)
         self.args, self.sources = resolve_settings(args, defaults, task_settings)
         self.sources |= self.checkpoint.get("sources", {}) | dict.fromkeys(given, "given")
         self.results = self.checkpoint.get("results", {"evaluations": [], "losses": {}, "train_seconds": 0.0})

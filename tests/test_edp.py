@@ -412,7 +412,7 @@ def test_target_actor_moves_every_fifth_step_after_the_first_thousand():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_only_the_learning_rate_of_the_actor_falls(script):
-    agent = small_agent(script, lr_decay_steps=100, actor_lr=1.0, critic_lr=2.0)
+    agent = small_agent(script, lr_decay=True, lr_decay_steps=100, actor_lr=1.0, critic_lr=2.0)
     rates = []
     for step in (0, 50, 100, 150):
         agent.set_step(step)

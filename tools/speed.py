@@ -28,7 +28,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.datasets import UserError  # noqa: E402
-from common.runs import accelerated, keep_freed_memory, resolve_settings, run_command, select_device  # noqa: E402
+from common.runs import (  # noqa: E402
+    accelerated,
+    given_arguments,
+    keep_freed_memory,
+    resolve_settings,
+    run_command,
+    select_device,
+)
 
 
 @dataclass
@@ -67,7 +74,8 @@ def prepare(command: str, args: Args) -> tuple[Callable[[], None], Callable[[], 
     """One gradient step, and one policy call, of a script with its arguments."""
     name, *words = shlex.split(command)
     module = load_script(name)
-    script_args = tyro.cli(module.Args, args=words, prog=name)
+    given = given_arguments(tyro.cli(module.Args, args=words, prog=name))
+    script_args = module.Args(**dict.fromkeys(module.DEFAULT_SETTINGS) | given)
     script_args, _ = resolve_settings(script_args, module.DEFAULT_SETTINGS, module.TASK_SETTINGS)
     device = select_device(script_args.device)
     torch.manual_seed(script_args.seed)

@@ -35,7 +35,6 @@ def make_args(case, **overrides):
     unknown = config.keys() - OPTIONS - ABOUT_THE_CASE
     assert not unknown, f"options of the case that the harness cannot set: {unknown}"
     values = {OPTIONS[name]: value for name, value in config.items() if name in OPTIONS}
-    values["lr_decay_steps"] = None  # see run_steps
     return diffusion_ql.Args(**diffusion_ql.DEFAULT_SETTINGS | values | overrides)
 
 
