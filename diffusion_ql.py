@@ -87,8 +87,8 @@ DEFAULT_SETTINGS = dict(
 # Ours, to learn in minutes on a CPU.
 MINI = dict(total_steps=12_000, eval_every=3_000, tau=0.03, hidden_dims=(128, 128, 128),
             actor_lr=1e-3, critic_lr=1e-3, eta=1.0, reward_tune="iql_locomotion")
-BANDIT = dict(total_steps=1_500, eval_every=500, lr_decay=True, tau=0.03, hidden_dims=(128, 128, 128),
-              actor_lr=3e-3, critic_lr=3e-3, eta=0.3)
+BANDIT = dict(total_steps=1_000, eval_every=500, lr_decay=True, tau=0.03, hidden_dims=(128, 128, 128),
+              actor_lr=3e-3, critic_lr=3e-3, eta=0.3, reward_tune="normalize")
 # From the official code's table, its epochs of 1,000 steps; the last rows are ours.
 ANTMAZE = dict(total_steps=1_000_000, reward_tune="cql_antmaze", max_q_backup=True)
 ADROIT = dict(total_steps=1_000_000, reward_tune="normalize", actor_lr=3e-5)
@@ -258,12 +258,13 @@ class EnsembleCritic(nn.Module):
 
 
 def member_q(critic: EnsembleCritic, member: Tensor, obs: Tensor, action: Tensor) -> Tensor:
-    """Q of the member with this 0-d index; no other is computed, and only the action gets a gradient."""
-    x = torch.cat([obs, action], dim=1)  # (batch, obs_dim + action_dim)
+    """Q of the member whose index is in member (1,), no other computed; only the action gets a gradient."""
+    x = torch.cat([obs, action], dim=1).unsqueeze(0)  # (1, batch, obs_dim + action_dim)
     for layer in critic.layers[:-1]:
-        x = mish(x @ layer.weight.detach()[member] + layer.bias.detach()[member])  # (batch, hidden)
-    layer = critic.layers[-1]
-    return (x @ layer.weight.detach()[member] + layer.bias.detach()[member]).squeeze(1)  # (batch,)
+        bias, weight = layer.bias.detach()[member], layer.weight.detach()[member]
+        x = mish(torch.baddbmm(bias, x, weight))  # (1, batch, hidden)
+    bias, weight = critic.layers[-1].bias.detach()[member], critic.layers[-1].weight.detach()[member]
+    return torch.baddbmm(bias, x, weight).flatten()  # (batch,)
 
 
 def init_uniform(network: nn.Module) -> None:
@@ -304,7 +305,7 @@ class Draws(NamedTuple):
     t: Tensor  # (batch,), uniform in 1..T
     eps: Tensor  # (batch, action_dim)
     action_noise: Tensor  # (T, batch, action_dim)
-    member: Tensor  # 0 or 1, 0-d: the critic whose Q the actor raises
+    member: Tensor  # (1,), 0 or 1: the critic whose Q the actor raises
 
 
 class DiffusionQL(nn.Module):
@@ -349,7 +350,7 @@ class DiffusionQL(nn.Module):
             t=torch.randint(1, num_steps + 1, (batch_size,), device=device),
             eps=torch.randn(batch_size, self.action_dim, device=device),
             action_noise=torch.randn(num_steps, batch_size, self.action_dim, device=device),
-            member=torch.randint(2, (), device=device),
+            member=torch.randint(2, (1,), device=device),
         )
 
     def sample(self, actor: DQLNoisePredictor, obs: Tensor, noise: Tensor) -> Tensor:

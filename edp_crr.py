@@ -102,13 +102,15 @@ class Args:
 DEFAULT_SETTINGS = dict(
     total_steps=2_000_000, eval_every=10_000, tau=0.005, diffusion_steps=1000, hidden_dims=(256, 256, 256),
     actor_lr=3e-4, critic_lr=3e-4, max_grad_norm=5.0, reward_tune="none", guidance_weight=1.0,
-    lr_decay=False, temperature=1.0,
+    lr_decay=False, likelihood="gaussian", bc_weight=1.0, num_advantage_samples=10, advantage_weight="exp",
+    temperature=1.0,
 )
 # Ours, to learn in minutes on a CPU.
 MINI = dict(total_steps=12_000, eval_every=3_000, tau=0.03, hidden_dims=(128, 128, 128),
             actor_lr=1e-3, critic_lr=1e-3, reward_tune="iql_locomotion")
 BANDIT = dict(total_steps=2_000, eval_every=500, lr_decay=True, tau=0.03, diffusion_steps=50,
-              hidden_dims=(128, 128, 128), actor_lr=3e-3, critic_lr=3e-3, temperature=0.1)
+              hidden_dims=(128, 128, 128), actor_lr=3e-3, critic_lr=3e-3, likelihood="elbo", temperature=0.1,
+              advantage_weight="softmax", guidance_weight=500.0, bc_weight=0.3, num_advantage_samples=2)
 # Steps, learning rates and loss weights per domain from the paper's Table 3, gradient limits and reward rules
 # from the official code; the last rows are ours.
 ANTMAZE = dict(total_steps=1_000_000, reward_tune="cql_antmaze")

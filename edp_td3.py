@@ -100,7 +100,7 @@ DEFAULT_SETTINGS = dict(
 MINI = dict(total_steps=12_000, eval_every=3_000, tau=0.03, hidden_dims=(128, 128, 128),
             actor_lr=1e-3, critic_lr=1e-3, reward_tune="iql_locomotion")
 BANDIT = dict(total_steps=2_000, eval_every=500, lr_decay=True, tau=0.03, diffusion_steps=50,
-              hidden_dims=(128, 128, 128), actor_lr=3e-3, critic_lr=3e-3, alpha=0.6)
+              hidden_dims=(128, 128, 128), actor_lr=3e-3, critic_lr=3e-3, alpha=0.3)
 # Steps, learning rates and loss weights per domain from the paper's Table 3, gradient limits and reward rules
 # from the official code; the last rows are ours.
 ANTMAZE = dict(total_steps=1_000_000, reward_tune="cql_antmaze")
@@ -366,12 +366,13 @@ class EnsembleCritic(nn.Module):
 
 
 def member_q(critic: EnsembleCritic, member: Tensor, obs: Tensor, action: Tensor) -> Tensor:
-    """Q of the member with this 0-d index; no other is computed, and only the action gets a gradient."""
-    x = torch.cat([obs, action], dim=1)  # (batch, obs_dim + action_dim)
+    """Q of the member whose index is in member (1,), no other computed; only the action gets a gradient."""
+    x = torch.cat([obs, action], dim=1).unsqueeze(0)  # (1, batch, obs_dim + action_dim)
     for layer in critic.layers[:-1]:
-        x = mish(x @ layer.weight.detach()[member] + layer.bias.detach()[member])  # (batch, hidden)
-    layer = critic.layers[-1]
-    return (x @ layer.weight.detach()[member] + layer.bias.detach()[member]).squeeze(1)  # (batch,)
+        bias, weight = layer.bias.detach()[member], layer.weight.detach()[member]
+        x = mish(torch.baddbmm(bias, x, weight))  # (1, batch, hidden)
+    bias, weight = critic.layers[-1].bias.detach()[member], critic.layers[-1].weight.detach()[member]
+    return torch.baddbmm(bias, x, weight).flatten()  # (batch,)
 
 
 def init_lecun(network: nn.Module) -> None:
@@ -432,7 +433,7 @@ class Draws(NamedTuple):
     t: Tensor  # (batch,), uniform in 1..T
     eps: Tensor  # (batch, action_dim)
     action_noise: Tensor  # (noise_steps, batch or 0, action_dim), empty with action approximation
-    member: Tensor  # 0 or 1, 0-d: the critic whose Q the actor raises
+    member: Tensor  # (1,), 0 or 1: the critic whose Q the actor raises
 
 
 class EDPTD3(nn.Module):
@@ -487,7 +488,7 @@ class EDPTD3(nn.Module):
             t=torch.randint(1, self.args.diffusion_steps + 1, (batch_size,), device=device),
             eps=torch.randn(*rows, device=device),
             action_noise=torch.randn(self.noise_steps, chain_rows, self.action_dim, device=device),
-            member=torch.randint(2, (), device=device),
+            member=torch.randint(2, (1,), device=device),
         )
 
     def sample(self, actor: EDPNoisePredictor, obs: Tensor, noise: Tensor, scale: float = 1.0) -> Tensor:

@@ -75,7 +75,7 @@ def test_critic_loss(float64, max_q_backup):
 def test_q_loss(float64, member):
     """The chosen critic's mean over the other's mean absolute value, which has no gradient."""
     agent, batch = small_agent(eta=0.7), random_batch()
-    draws = agent.draw(5)._replace(member=torch.tensor(member))
+    draws = agent.draw(5)._replace(member=torch.tensor([member]))
     loss, metrics = agent.actor_loss(batch, draws)
     action = agent.sample(agent.actor, batch.obs, draws.action_noise)
     q = agent.critic(batch.obs, action)
@@ -152,7 +152,7 @@ def test_learns_the_best_mode_of_a_bandit(tmp_path, monkeypatch):
     actions = sampled_actions(diffusion_ql, "DiffusionQL", tmp_path, monkeypatch)
     assert (np.linalg.norm(actions - best_corner, axis=1) < 0.25).mean() > 0.7
 
-    cloning = dict(eta=0.0, num_action_samples=1)
+    cloning = dict(eta=0.0, num_action_samples=1, total_steps=600)
     actions = sampled_actions(diffusion_ql, "DiffusionQL", tmp_path / "bc", monkeypatch, **cloning)
     assert (np.linalg.norm(actions - best_corner, axis=1) < 0.25).mean() < 0.25
     assert np.bincount(bandit_mode(TASK, actions), minlength=4).min() > 100  # all four are still there

@@ -157,6 +157,28 @@ def test_same_name_same_code_same_place():
     assert not messages, "\n\n".join(messages)
 
 
+EDP_METHODS_MAY_DIFFER = {
+    "__init__", "set_step", "draw", "advantage", "advantage_weight", "actor_loss", "critic_loss",
+    "update_actor", "update_critic", "update_targets", "update",
+}  # fmt: skip
+
+
+def test_edp_agents_differ_in_the_improvement_only():
+    """Two of the three share every other method, so that their diff is that of TD3+BC, CRR and IQL."""
+    methods = []
+    for name in ("td3", "crr", "iql"):
+        path = ROOT / f"edp_{name}.py"
+        tree = ast.parse(path.read_text())
+        [agent] = [
+            node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == f"EDP{name.upper()}"
+        ]
+        methods.append(named_statements(path, agent.body))
+    for first, second in combinations(methods, 2):
+        shared = (first.keys() & second.keys()) - EDP_METHODS_MAY_DIFFER
+        assert shared >= {"sample", "policy_action", "descend", "act"}
+        assert {name: first[name] for name in shared} == {name: second[name] for name in shared}
+
+
 @pytest.mark.parametrize("path", [*SCRIPTS, *COMMON], ids=lambda path: path.stem)
 def test_nobody_imports_a_script(path):
     assert check_imports(path, SCRIPTS) == []

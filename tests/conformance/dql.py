@@ -89,7 +89,7 @@ def make_draws(draws):
         t=timesteps[0] + 1 if timesteps else torch.empty(0),
         eps=eps[0] if eps else torch.empty(0),
         action_noise=chain_noise(draws, "actor"),
-        member=(coins[0] <= 0.5).long() if coins else torch.tensor(0),
+        member=(coins[0] <= 0.5).long().view(1) if coins else torch.tensor([0]),
     )
 
 
@@ -186,7 +186,7 @@ def check_actor_losses(case):
     for member, name in enumerate(("q_loss_use_q1", "q_loss_use_q2")):
         agent, expected = make_agent(case), sections[name]
         draws = make_draws(sections["bc_loss"]["draws"] + expected["draws"])
-        _, metrics = agent.actor_loss(batch, draws._replace(member=torch.tensor(member)))
+        _, metrics = agent.actor_loss(batch, draws._replace(member=torch.tensor([member])))
         case.close(metrics["q_loss"], expected["q_loss"], name, FLOAT32_RUN, FLOAT32_RUN)
         close_gradients(case, agent, "actor", metrics["q_loss"], expected["actor_grads"])
 

@@ -152,7 +152,7 @@ def make_draws(case, draws):
         "t": found("timesteps")[0] + 1,
         "eps": found("noise eps")[0],
         "action_noise": chain_noise(policy),
-        "member": (found("which Q")[0] <= 0.5).long() if found("which Q") else None,
+        "member": (found("which Q")[0] <= 0.5).long().view(1) if found("which Q") else None,
         "advantage_noise": around_action[0] if around_action else None,
         "likelihood_noise": likelihood_noise.unsqueeze(0)
         if likelihood_noise.dim() == 2
