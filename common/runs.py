@@ -33,7 +33,9 @@ from common.scores import normalized_score
 LEAST = {"seed": 0, "eval_episodes": 0, "gamma": 0, "tau": 0, "actor_lr": 0, "critic_lr": 0}
 LEAST |= {"total_steps": 1, "batch_size": 1, "eval_every": 1, "log_every": 1, "save_every": 1}
 LEAST |= {"diffusion_steps": 1, "actor_target_every": 1, "lr_decay_steps": 1}
-MOST = {"seed": 2**63 - 1, "gamma": 1, "tau": 1}
+LEAST |= {"pretrain_steps": 0, "alpha": 0, "q_weight": 0, "nll_weight": 0, "expectile": 0, "ema_decay": 0}
+LEAST |= {"sigma_min": 1e-9, "sigma_max": 1e-9, "sigma_data": 1e-9}
+MOST = {"seed": 2**63 - 1, "gamma": 1, "tau": 1, "expectile": 1, "ema_decay": 1}
 SUMMARY = ("final", "best", "last_ten")
 
 
@@ -223,7 +225,7 @@ class Run:
         given = given_arguments(args)
         if unknown := self.checkpoint.get("args", {}).keys() - vars(args):
             raise UserError(f"--resume: the checkpoint is of another version, with {', '.join(unknown)}")
-        args = type(args)(**self.checkpoint.get("args", {}) | given)
+        args = type(args)(**dict.fromkeys(defaults) | self.checkpoint.get("args", {}) | given)
         self.args, self.sources = resolve_settings(args, defaults, task_settings)
         self.sources |= self.checkpoint.get("sources", {}) | dict.fromkeys(given, "given")
         self.results = self.checkpoint.get("results", {"evaluations": [], "losses": {}, "train_seconds": 0.0})
@@ -269,7 +271,9 @@ class Run:
             print(f"  no reference returns are known for {args.env_id}: raw returns only")
         self.history, self.logged = [], time.time()
         self.started = time.time() - self.results["train_seconds"]
-        self.bar = tqdm(initial=self.step, total=args.total_steps, dynamic_ncols=True, disable=None)
+        before = max(-self.step, 0)  # steps of a pretraining
+        counts = {"initial": self.step + before, "total": args.total_steps + before}
+        self.bar = tqdm(**counts, dynamic_ncols=True, disable=None)
 
     def reached(self, every: int) -> bool:
         """Whether this step is a multiple of `every`, or the last one."""
