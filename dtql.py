@@ -75,7 +75,7 @@ class Args:
     sigma_max: float = 80.0  # largest noise level
     sigma_data: float = 0.5  # standard deviation of actions that the scalings assume; median noise level
     actor_lr: float | None = None  # learning rate of the denoiser and of the policy
-    critic_lr: float = 3e-4  # learning rate of the critics and of V
+    critic_lr: float | None = None  # learning rate of the critics and of V
     lr_decay: bool | None = None  # let the learning rates fall to 0 along a cosine, from step 0 on
     lr_decay_steps: int | None = None  # steps after which they reach 0; None: total_steps
     ema_decay: float = 0.995  # share of its weights that the target actor keeps when it moves, in [0, 1]
@@ -89,14 +89,15 @@ class Args:
 # fmt: off
 DEFAULT_SETTINGS = dict(
     total_steps=1_000_000, pretrain_steps=50_000, batch_size=256, eval_every=50_000, eval_episodes=10,
-    tau=0.005, hidden_dims=(256, 256, 256), actor_lr=3e-4, lr_decay=False, alpha=1.0, nll_weight=0.0,
-    expectile=0.7, num_action_samples=1024, reward_tune="none",
+    tau=0.005, hidden_dims=(256, 256, 256), actor_lr=3e-4, critic_lr=3e-4, lr_decay=False, alpha=1.0,
+    nll_weight=0.0, expectile=0.7, num_action_samples=1024, reward_tune="none",
 )
 ANTMAZE = dict(batch_size=2048, nll_weight=1.0, expectile=0.9, reward_tune="iql_antmaze", eval_episodes=100)
 # Ours, to learn in minutes on a CPU.
-MINI = dict(total_steps=12_000, pretrain_steps=3_000, eval_every=3_000, alpha=10.0, num_action_samples=32)
-BANDIT = dict(total_steps=1_000, pretrain_steps=1_000, eval_every=500, hidden_dims=(128, 128, 128),
-              actor_lr=1e-3, alpha=0.3, num_action_samples=32, tau=0.05)
+MINI = dict(total_steps=12_000, pretrain_steps=3_000, eval_every=3_000, tau=0.03, hidden_dims=(128, 128, 128),
+            actor_lr=1e-3, critic_lr=1e-3, alpha=20.0, num_action_samples=64)
+BANDIT = dict(total_steps=1_000, pretrain_steps=600, eval_every=500, tau=0.05, hidden_dims=(128, 128, 128),
+              actor_lr=3e-3, critic_lr=3e-3, alpha=0.05, num_action_samples=32)
 # From the hyperparameters of the official code, 1,000 steps an epoch; the last rows are ours.
 TASK_SETTINGS = {
     "halfcheetah-medium-v2":        dict(actor_lr=3e-4, alpha=1.0, total_steps=1_000_000),

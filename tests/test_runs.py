@@ -22,17 +22,15 @@ from test_datasets import flags, write
 from test_siblings import fields_of_args
 
 import dac
+import dtql
 from common.datasets import Bandit, UserError
-from common.runs import resolve_settings, run_command, summarize
+from common.runs import Run, resolve_settings, run_command, summarize
 
 ROOT = Path(__file__).parent.parent
-TINY = {
+COMMON = {
     "env_id": "bandit-moons-v0",
     "hidden_dims": (16, 16),
     "num_qs": 2,
-    "num_q_samples": 2,
-    "diffusion_steps": 3,
-    "eta_lr": 0.01,
     "batch_size": 32,
     "total_steps": 60,
     "lr_decay_steps": 60,
@@ -43,16 +41,22 @@ TINY = {
     "actor_target_start": 5,
     "actor_target_every": 2,
 }
+TINY = COMMON | {"num_q_samples": 2, "diffusion_steps": 3, "eta_lr": 0.01}
+TINY_DTQL = COMMON | {"pretrain_steps": 14, "num_action_samples": 4, "lr_decay": True}
+# Tests that take `script` or `finished` run for each; the others are about what all scripts share.
+SCRIPTS = {"dac": (dac, dac.DAC, TINY), "dtql": (dtql, dtql.DTQL, TINY_DTQL)}
 
 
-def train(run_dir, **changes):
+def train(run_dir, script="dac", **changes):
     """A run of 60 steps, a second at most; returns its folder."""
-    dac.train(dac.Args(**TINY | {"run_dir": str(run_dir)} | changes))
+    module, _, tiny = SCRIPTS[script]
+    module.train(module.Args(**tiny | {"run_dir": str(run_dir)} | changes))
     return folder_in(run_dir)
 
 
-def resume(folder, **changes):
-    dac.train(dac.Args(resume=str(folder), **changes))
+def resume(folder, script="dac", **changes):
+    module = SCRIPTS[script][0]
+    module.train(module.Args(resume=str(folder), **changes))
 
 
 def folder_in(run_dir):
@@ -93,20 +97,31 @@ def assert_same_run(folder, other):
     assert results_of(folder)["losses"] == results_of(other)["losses"]
 
 
+@pytest.fixture(scope="module", params=SCRIPTS)
+def script(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(script, tmp_path_factory):
     """The folder of a finished run of 60 steps; not to be changed."""
+    return train(tmp_path_factory.mktemp("finished"), script)
+
+
+@pytest.fixture(scope="module")
+def finished_dac(tmp_path_factory):
     return train(tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture
-def finished_copy(finished, tmp_path):
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
+def finished_copy(finished_dac, tmp_path):
+    return Path(shutil.copytree(finished_dac, tmp_path / "copy"))
 
 
-def resolved(**arguments):
+def resolved(script="dac", **arguments):
     """Arguments and their sources, of a tiny run or for the arguments given here."""
-    return resolve_settings(dac.Args(**arguments or TINY), dac.DEFAULT_SETTINGS, dac.TASK_SETTINGS)
+    module, _, tiny = SCRIPTS[script]
+    return resolve_settings(module.Args(**arguments or tiny), module.DEFAULT_SETTINGS, module.TASK_SETTINGS)
 
 
 def count_calls(monkeypatch, owner, name, at):
@@ -154,20 +169,20 @@ def tiny_flags(**changes):
 
 
 # --- Determinism ---
-def test_same_seed_same_run(finished, tmp_path):
-    assert_same_run(finished, train(tmp_path))
+def test_same_seed_same_run(script, finished, tmp_path):
+    assert_same_run(finished, train(tmp_path, script))
 
 
-def test_other_seed_other_run(finished, tmp_path):
-    other = train(tmp_path, seed=1)
+def test_other_seed_other_run(script, finished, tmp_path):
+    other = train(tmp_path, script, seed=1)
     assert results_of(other)["losses"] != results_of(finished)["losses"]
     assert not torch.equal(load(other)["rng"], load(finished)["rng"])
     for name in ("actor.layers.0.weight", "critic.layers.0.weight"):
         assert not torch.equal(load(other)["agent"][name], load(finished)["agent"][name])
 
 
-def test_watching_does_not_change_the_training(finished, tmp_path):
-    other = train(tmp_path, eval_every=7, eval_episodes=3, log_every=4, save_every=9)
+def test_watching_does_not_change_the_training(script, finished, tmp_path):
+    other = train(tmp_path, script, eval_every=7, eval_episodes=3, log_every=4, save_every=9)
     assert_same_state(finished, other)
     assert [each["step"] for each in evaluations_of(other)] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
 
@@ -182,17 +197,17 @@ def test_every_evaluation_draws_the_same_numbers():
     assert len(set(first)) > 1  # though not for every episode of one evaluation
 
 
-def test_learning_rates_follow_the_steps(finished):
+def test_learning_rates_follow_the_steps(script, finished):
     for name, optimizer in load(finished)["optimizers"].items():
-        first_rate = getattr(resolved()[0], f"{name}_lr")
+        first_rate = getattr(resolved(script)[0], "critic_lr" if name == "critic" else "actor_lr")
         last_rate = first_rate * (1 + math.cos(math.pi * 59 / 60)) / 2
         assert float(optimizer["param_groups"][0]["lr"]) == pytest.approx(last_rate)
 
 
 # --- Resuming ---
-def test_resume_is_exact(finished, tmp_path):
-    folder = train(tmp_path, total_steps=30)
-    resume(folder, total_steps=60)
+def test_resume_is_exact(script, finished, tmp_path):
+    folder = train(tmp_path, script, total_steps=30)
+    resume(folder, script, total_steps=60)
     assert_same_run(folder, finished)
     assert folder_in(tmp_path) == folder
     ours, theirs = curves_of(folder), curves_of(finished)
@@ -201,42 +216,87 @@ def test_resume_is_exact(finished, tmp_path):
         assert ours[tag] == theirs[tag], tag
 
 
-def test_resume_after_a_crash(finished, tmp_path, monkeypatch):
+def test_resume_after_a_crash(script, finished, tmp_path, monkeypatch):
     """The steps after the last checkpoint are made again; the curves show them once."""
-    updates = count_calls(monkeypatch, dac.DAC, "update", at={36: RuntimeError("power cut")})
+    updates = count_calls(monkeypatch, SCRIPTS[script][1], "update", at={36: RuntimeError("power cut")})
     with pytest.raises(RuntimeError, match="power cut"):
-        train(tmp_path)
+        train(tmp_path, script)
     folder = folder_in(tmp_path)
     assert load(folder)["step"] == 20
-    resume(folder)
+    resume(folder, script)
     assert len(updates) == 36 + 40
     assert_same_run(folder, finished)
     assert curves_of(folder)["losses/actor_loss"] == curves_of(finished)["losses/actor_loss"]
 
 
-def test_resume_after_ctrl_c_in_an_update(finished, tmp_path, monkeypatch, capsys):
-    count_calls(monkeypatch, dac.DAC, "update_actor", at={35: lambda: signal.raise_signal(signal.SIGINT)})
+def test_resume_after_ctrl_c_in_an_update(script, finished, tmp_path, monkeypatch, capsys):
+    agent = SCRIPTS[script][1]
+    count_calls(monkeypatch, agent, "update_actor", at={35: lambda: signal.raise_signal(signal.SIGINT)})
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path)
+        train(tmp_path, script)
     folder = folder_in(tmp_path)
     assert load(folder)["step"] == 35  # the update that was under way is whole
     assert results_of(folder)["finished"] is False
     summary = capsys.readouterr().out.splitlines()[-2:]
     assert re.match(r"stopped at step 35 after 0.\d min: final score ", summary[0])
     assert summary[1] == f"  in {folder}; go on with --resume {folder}"
-    resume(folder / "checkpoint.pt")
+    resume(folder / "checkpoint.pt", script)
     assert_same_run(folder, finished)
 
 
-def test_resume_after_ctrl_c_in_an_evaluation(finished, tmp_path, monkeypatch):
+def test_resume_after_ctrl_c_in_an_evaluation(script, finished, tmp_path, monkeypatch):
     count_calls(monkeypatch, Bandit, "step", at={6: KeyboardInterrupt()})  # in the third evaluation
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path)
+        train(tmp_path, script)
     folder = folder_in(tmp_path)
     assert [each["step"] for each in evaluations_of(folder)] == [10, 20]
     assert load(folder)["step"] == 30
-    resume(folder)
+    resume(folder, script)
     assert_same_run(folder, finished)
+
+
+@pytest.fixture(scope="module")
+def finished_dtql(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("finished"), "dtql")
+
+
+def test_resume_after_ctrl_c_in_the_pretraining(finished_dtql, tmp_path, monkeypatch, capsys):
+    """The steps of the pretraining that are left follow, then the training."""
+    calls = count_calls(
+        monkeypatch, dtql.DTQL, "pretrain", at={9: lambda: signal.raise_signal(signal.SIGINT)}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "dtql")
+    folder = folder_in(tmp_path)
+    assert load(folder)["step"] == -5
+    assert "stopped at step -5 " in capsys.readouterr().out
+    assert not (folder / "pretrained.pt").exists()
+    resume(folder, "dtql")
+    assert len(calls) == 14
+    assert_same_run(folder, finished_dtql)
+    ours, theirs = curves_of(folder), curves_of(finished_dtql)
+    assert [step for step, _ in ours["losses/bc_loss"]] == [-10, -5, 0, 10, 20, 30, 40, 50, 60]
+    for tag in ("losses/actor_loss", "eval/return_mean"):  # the interruption added a point to the others
+        assert ours[tag] == theirs[tag]
+
+
+def test_what_the_pretraining_learned_is_used_again(finished_dtql, tmp_path, monkeypatch):
+    """pretrained.pt is the checkpoint of step 0: with it a run goes on, as it did or with another alpha."""
+    pretrained = torch.load(finished_dtql / "pretrained.pt", weights_only=True)
+    assert (pretrained["step"], pretrained["results"]["evaluations"]) == (0, [])
+    calls = count_calls(monkeypatch, dtql.DTQL, "pretrain", at={})
+    shutil.copy(finished_dtql / "pretrained.pt", tmp_path)
+    resume(tmp_path / "pretrained.pt", "dtql")
+    assert_same_run(tmp_path, finished_dtql)
+    resume(tmp_path / "pretrained.pt", "dtql", alpha=7.0)
+    assert load(tmp_path)["args"]["alpha"] == 7.0
+    assert results_of(tmp_path)["losses"]["actor_loss"] != results_of(finished_dtql)["losses"]["actor_loss"]
+    assert calls == []
+
+
+def test_without_pretraining(tmp_path):
+    folder = train(tmp_path, "dtql", pretrain_steps=0)
+    assert results_of(folder)["finished"] and not (folder / "pretrained.pt").exists()
 
 
 def test_given_arguments_win_over_those_of_the_checkpoint(tmp_path):
@@ -262,19 +322,33 @@ def test_given_beats_task_beats_default():
     assert dac.DEFAULT_SETTINGS.items() <= vars(args).items()
 
 
+def test_a_table_may_set_what_has_a_default(tmp_path, monkeypatch):
+    """The mazes have larger batches; what is given wins, also where it is the default, also on resuming."""
+    for words, batch_size, source in [([], 2048, "task"), (["--batch-size", "256"], 256, "given")]:
+        monkeypatch.setattr(sys, "argv", ["dtql.py", *words])
+        run = Run("dtql", dtql.Args(env_id="antmaze-umaze-v2"), dtql.DEFAULT_SETTINGS, dtql.TASK_SETTINGS)
+        assert (run.args.batch_size, run.sources["batch_size"]) == (batch_size, source)
+        checkpoint = {"script": "dtql", "args": vars(run.args), "sources": run.sources}
+        torch.save(checkpoint, tmp_path / "checkpoint.pt")
+        monkeypatch.setattr(sys, "argv", ["dtql.py"])
+        run = Run("dtql", dtql.Args(resume=str(tmp_path)), dtql.DEFAULT_SETTINGS, dtql.TASK_SETTINGS)
+        assert (run.args.batch_size, run.sources["batch_size"]) == (batch_size, source)
+
+
 # --- The run folder ---
-def test_files(finished):
+def test_files(script, finished):
     names = sorted(path.name.split(".")[0] for path in finished.rglob("*"))
-    assert names == ["checkpoint", "config", "events", "results"]
-    assert finished.name.startswith("bandit-moons-v0__dac__0__2")
+    pretrained = ["pretrained"] if script == "dtql" else []
+    assert names == ["checkpoint", "config", "events", *pretrained, "results"]
+    assert finished.name.startswith(f"bandit-moons-v0__{script}__0__2")
 
 
-def test_config(finished):
+def test_config(script, finished):
     config = json.loads((finished / "config.json").read_text())
-    assert config["args"].keys() == {field.name for field in fields(dac.Args)}
-    args, sources = resolved()
+    assert config["args"].keys() == {field.name for field in fields(SCRIPTS[script][0].Args)}
+    args, sources = resolved(script)
     assert config["args"]["num_qs"] == args.num_qs == 2
-    assert config["args"]["rho"] == args.rho
+    assert config["args"]["tau"] == args.tau
     assert config["sources"].items() >= sources.items()
     assert config["torch"] == torch.__version__
     assert {"device", "git_commit", "python", "numpy", "gymnasium", "mujoco"} <= config.keys()
@@ -287,7 +361,7 @@ def test_final_best_and_last_ten(means):
     assert summary == {name: {"return": mean, "score": 2 * mean} for name, mean in expected.items()}
 
 
-def test_results(finished):
+def test_results(script, finished):
     results = results_of(finished)
     evaluations = results["evaluations"]
     assert [each["step"] for each in evaluations] == [10, 20, 30, 40, 50, 60]
@@ -300,26 +374,27 @@ def test_results(finished):
     summary = {name: results[name] for name in ("final", "best", "last_ten")}
     assert summary == summarize(evaluations, (0, 1))
     assert results["format"] == 1
-    assert (results["script"], results["env_id"], results["seed"]) == ("dac", "bandit-moons-v0", 0)
+    assert (results["script"], results["env_id"], results["seed"]) == (script, "bandit-moons-v0", 0)
     assert (results["step"], results["total_steps"], results["finished"]) == (60, 60, True)
     assert results["data_mean"]["score"] == pytest.approx(100 * results["data_mean"]["return"])
     assert 0.1 < results["data_mean"]["return"] < 0.5
     assert 0 < results["train_seconds"] < 60
 
 
-def test_curves(finished, tmp_path):
+def test_curves(script, finished, tmp_path):
     curves, results = curves_of(finished), results_of(finished)
     losses = {tag.removeprefix("losses/"): points for tag, points in curves.items() if "losses/" in tag}
-    assert {"critic_loss", "actor_loss", "bc_loss", "guidance_loss", "eta", "q_mean"} <= losses.keys()
+    own = {"dac": {"guidance_loss", "eta"}, "dtql": {"trust_loss", "value_loss"}}[script]
+    assert {"critic_loss", "actor_loss", "bc_loss", "q_mean"} | own <= losses.keys()
     assert {name: points[-1][1] for name, points in losses.items()} == pytest.approx(results["losses"])
     steps = [10, 20, 30, 40, 50, 60]
-    assert all([step for step, _ in points] == steps for points in curves.values())
+    assert all([step for step, _ in points if step > 0] == steps for points in curves.values())
     scores = [each["normalized_score"] for each in results["evaluations"]]
     assert [value for _, value in curves["eval/normalized_score"]] == pytest.approx(scores)
     assert curves.keys() >= {"eval/return_mean", "eval/return_std", "eval/length_mean", "eval/seconds"}
     assert all(value > 0 for _, value in curves["charts/steps_per_second"])
     # A point is the mean since the last one.
-    every_step = curves_of(train(tmp_path, log_every=1))["losses/critic_loss"]
+    every_step = curves_of(train(tmp_path, script, log_every=1))["losses/critic_loss"]
     assert np.mean([value for _, value in every_step[-10:]]) == pytest.approx(
         results["losses"]["critic_loss"]
     )
@@ -398,11 +473,20 @@ def test_mistakes(changes, message, tmp_path):
         ("actor_target_every", 0),
         ("lr_decay_steps", 0),
         ("actor_lr", -1.0),
+        ("pretrain_steps", -1),
+        ("alpha", -1.0),
+        ("q_weight", -1.0),
+        ("nll_weight", -1.0),
+        ("expectile", 1.5),
+        ("ema_decay", -0.1),
+        ("sigma_min", 0.0),
+        ("num_action_samples", 0),
     ],
 )
 def test_numbers_out_of_range(argument, value, tmp_path):
+    script = "dac" if hasattr(dac.Args, argument) else "dtql"
     with pytest.raises(UserError, match=f"--{argument.replace('_', '-')} is {value}"):
-        train(tmp_path / "runs", **{argument: value})
+        train(tmp_path / "runs", script, **{argument: value})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
@@ -437,34 +521,35 @@ def test_a_file_in_the_way_of_the_run_folder(tmp_path):
     assert (tmp_path / "runs").read_text() == "mine"
 
 
-def break_critic_loss(monkeypatch, step):
+def break_critic_loss(monkeypatch, step, script="dac"):
     """Make the loss of that step infinite."""
-    calls, original = [], dac.DAC.critic_loss
+    _, agent_class, tiny = SCRIPTS[script]
+    calls, original = [], agent_class.critic_loss
 
-    def critic_loss(agent, batch, draws):
+    def critic_loss(agent, batch, *draws):
         calls.append(batch)
-        if len(calls) == step:
+        if len(calls) == step + tiny.get("pretrain_steps", 0):
             batch = batch._replace(reward=batch.reward + math.inf)
-        return original(agent, batch, draws)
+        return original(agent, batch, *draws)
 
-    monkeypatch.setattr(dac.DAC, "critic_loss", critic_loss)
+    monkeypatch.setattr(agent_class, "critic_loss", critic_loss)
 
 
 @pytest.mark.parametrize("save_every", [16, 13])  # first seen when the losses are logged, when they are saved
-def test_a_loss_that_is_not_finite(save_every, finished, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite(save_every, script, finished, tmp_path, monkeypatch):
     """The run ends, and the last good checkpoint can be resumed."""
-    break_critic_loss(monkeypatch, step=38)
+    break_critic_loss(monkeypatch, 38, script)
     message = r"critic_loss is inf at step 38\b.* the .*checkpoint in .* is from before"
     with pytest.raises(UserError, match=message):
-        train(tmp_path, save_every=save_every)
+        train(tmp_path, script, save_every=save_every)
     folder = folder_in(tmp_path)
     assert load(folder)["step"] == results_of(folder)["step"] == 38 // save_every * save_every
-    resume(folder)
+    resume(folder, script)
     assert_same_state(folder, finished)
 
 
 def test_a_loss_that_is_not_finite_before_the_first_checkpoint(tmp_path, monkeypatch):
-    break_critic_loss(monkeypatch, step=1)
+    break_critic_loss(monkeypatch, 1)
     with pytest.raises(UserError, match="critic_loss is inf at step 1; try a lower learning rate$"):
         train(tmp_path)
     assert not (folder_in(tmp_path) / "checkpoint.pt").exists()

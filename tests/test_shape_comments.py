@@ -36,6 +36,7 @@ POSSIBLE = {name: {size} for name, size in SIZES.items()} | {
     "batch": {STORED, *(rows * samples for rows in (BATCH_SIZE, STATES) for samples in SAMPLES)},
     "num_members": {SIZES["num_qs"]},
     "n_out": {SIZES["hidden"], 1},
+    "size": {SIZES["hidden"]},
 }
 
 # script: its agent, and arguments that lead through all of its branches
@@ -49,6 +50,7 @@ SCRIPTS = {
             {"q_guidance": "none", "q_target": "rand_convex", "clip_sampler": False},
         ],
     ),
+    "dtql": ("DTQL", [{"nll_weight": 1.0}, {"value_target": "target", "first_mish": True}]),
 }
 
 
@@ -144,9 +146,9 @@ def run_checked(path, agent_name, variants):
         arguments = module.DEFAULT_SETTINGS | {
             "batch_size": BATCH_SIZE,
             "hidden_dims": (SIZES["hidden"], SIZES["hidden"]),
-            "diffusion_steps": SIZES["T"],
         }
-        arguments |= {name: size for name, size in SIZES.items() if hasattr(module.Args(), name)}
+        sizes = SIZES | {"diffusion_steps": SIZES["T"]}
+        arguments |= {name: size for name, size in sizes.items() if hasattr(module.Args(), name)}
         args = module.Args(**arguments | variant)
         agent = getattr(module, agent_name)(obs_dim, action_dim, args, torch.device("cpu"))
         agent.set_step(1)

@@ -23,6 +23,7 @@ MAY_DIFFER = {
     "Args",  # but see SHARED_FIELDS
     "DEFAULT_SETTINGS",  # the paper's hyperparameters ...
     "TASK_SETTINGS",  # ... and those per task
+    *("MINI", "BANDIT", "ANTMAZE"),  # rows of that table
     "Draws",  # the random numbers of one update
     "train",  # names the agent; online it also collects the transitions
 }
