@@ -40,7 +40,10 @@ EVAL_SEED = 10_000  # evaluation episodes are seeded EVAL_SEED, EVAL_SEED + 1, .
 # === Args ===
 @dataclass
 class Args:
-    """What is left at None takes its value from TASK_SETTINGS, for other tasks from DEFAULT_SETTINGS."""
+    """What is left at None takes its value from TASK_SETTINGS, for other tasks from DEFAULT_SETTINGS.
+
+    So do batch_size and eval_episodes where they are not given.
+    """
 
     env_id: str = "hopper-mini-v0"  # task: a D4RL name, a Minari id, hopper-mini-v0 or bandit-<pattern>-v0
     dataset: str | None = None  # an HDF5 path or Minari id to read instead of the task's own transitions
@@ -394,9 +397,9 @@ class DTQL(nn.Module):
             min_q = q.amin(0)  # (batch,)
             if self.args.value_target == "target":
                 min_q = self.critic_target(batch.obs, batch.action).amin(0)  # (batch,)
-        gap = min_q - v  # (batch,)
-        weight = torch.where(gap > 0, self.args.expectile, 1 - self.args.expectile)  # (batch,)
-        value_loss = (weight * gap.square()).mean()
+        above, below = (min_q - v).relu(), (v - min_q).relu()
+        expectile = self.args.expectile
+        value_loss = (expectile * above.square() + (1 - expectile) * below.square()).mean()
         q_loss = (q - target).square().mean(1).sum()
         loss = value_loss + q_loss
         metrics = {"critic_loss": loss, "value_loss": value_loss, "q_loss": q_loss}

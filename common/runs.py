@@ -215,7 +215,8 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 class Run:
     """Settings, folder, logs and checkpoint of one run; `with run:` sees to its end, whatever that is.
 
-    args, device and step (finished updates) are there from the start, the folder after begin().
+    args, device and step (finished updates) are there from the start, the folder after begin(). A script with
+    a pretraining starts step below 0, so that its training starts at 0 as that of all others.
     """
 
     def __init__(self, script: str, args, defaults: dict, task_settings: dict[str, dict]):
