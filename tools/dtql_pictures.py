@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from PIL import Image
 
 import dtql
 from common.datasets import bandit_reward, load_dataset
@@ -94,6 +95,7 @@ def save(figure, name):
             axes.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal")
             axes.tick_params(labelsize=6)
     figure.savefig(DOCS / name, dpi=90)
+    Image.open(DOCS / name).quantize(128).save(DOCS / name, optimize=True)  # half the size
     print(f"{DOCS / name}: {(DOCS / name).stat().st_size / 1000:.0f} kB")
 
 
