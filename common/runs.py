@@ -36,7 +36,9 @@ LEAST |= {"diffusion_steps": 1, "actor_target_every": 1, "lr_decay_steps": 1}
 LEAST |= dict.fromkeys(("eta", "alpha", "guidance_weight", "bc_weight", "max_weight", "noise_scale"), 0)
 LEAST |= {"max_grad_norm": 0, "weight_decay": 0, "expectile": 0, "inverse_temperature": 0, "top_k": 1}
 LEAST |= {"temperature": 1e-6, "policy_scale": 1e-6, "time_dim": 4}
-MOST = {"seed": 2**63 - 1, "gamma": 1, "tau": 1, "expectile": 1}
+LEAST |= {"pretrain_steps": 0, "q_weight": 0, "nll_weight": 0, "ema_decay": 0}
+LEAST |= {"sigma_min": 1e-9, "sigma_max": 1e-9, "sigma_data": 1e-9}
+MOST = {"seed": 2**63 - 1, "gamma": 1, "tau": 1, "expectile": 1, "ema_decay": 1}
 SUMMARY = ("final", "best", "last_ten")
 
 
@@ -272,7 +274,9 @@ class Run:
             print(f"  no reference returns are known for {args.env_id}: raw returns only")
         self.history, self.logged = [], time.time()
         self.started = time.time() - self.results["train_seconds"]
-        self.bar = tqdm(initial=self.step, total=args.total_steps, dynamic_ncols=True, disable=None)
+        before = max(-self.step, 0)  # steps of a pretraining
+        counts = {"initial": self.step + before, "total": args.total_steps + before}
+        self.bar = tqdm(**counts, dynamic_ncols=True, disable=None)
 
     def reached(self, every: int) -> bool:
         """Whether this step is a multiple of `every`, or the last one."""

@@ -181,3 +181,44 @@ def mlp(x, weights, biases, activation):
 
 def mish(x):
     return x * math.tanh(math.log1p(math.exp(x)))
+
+
+def log_logistic_share(sigma, low, high, median):
+    """Share of the noise levels below sigma: ln sigma is logistic around ln median with scale 1/2, cut off at
+    low and high. Its density, integrated by the trapezoidal rule."""
+
+    def mass(end):
+        logs = np.linspace(math.log(low), math.log(end), 20_001)
+        z = (logs - math.log(median)) / 0.5
+        return np.trapezoid(1 / (np.exp(z / 2) + np.exp(-z / 2)) ** 2, logs) if end > low else 0.0
+
+    return mass(sigma) / mass(high)
+
+
+def preconditioning(sigma, sigma_data):
+    """c_skip, c_out, c_in: the best linear guess of x from x + sigma z where x has standard deviation
+    sigma_data, the standard deviation of what it leaves, and one over that of x + sigma z."""
+    variance = sigma_data**2 + sigma**2
+    c_skip = sigma_data**2 / variance
+    c_out = math.sqrt((1 - c_skip) ** 2 * sigma_data**2 + c_skip**2 * sigma**2)
+    return c_skip, c_out, 1 / math.sqrt(variance)
+
+
+def sinusoidal(t, size):
+    """Sines, then cosines, of t times frequencies that fall geometrically from 1 to 1/10000."""
+    angles = [t * 10_000 ** (-j / (size // 2 - 1)) for j in range(size // 2)]
+    return np.array([math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles])
+
+
+def layer_norm(x, scale, shift):
+    mean = sum(x) / len(x)
+    std = math.sqrt(sum((value - mean) ** 2 for value in x) / len(x) + 1e-5)
+    return [a * (value - mean) / std + b for value, a, b in zip(x, scale, shift, strict=True)]
+
+
+def expectile_error(gap, expectile):
+    return (expectile if gap > 0 else 1 - expectile) * gap**2
+
+
+def normal_log_density(value, mean, std):
+    return math.log(math.exp(-((value - mean) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi)))

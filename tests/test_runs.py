@@ -23,11 +23,12 @@ from test_siblings import fields_of_args
 
 import dac
 import diffusion_ql
+import dtql
 import edp_crr
 import edp_iql
 import edp_td3
 from common.datasets import Bandit, UserError
-from common.runs import resolve_settings, run_command, summarize
+from common.runs import Run, resolve_settings, run_command, summarize
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -54,11 +55,14 @@ def without(options, *names):
 
 
 EDP = without(TINY, "num_qs", "num_q_samples", "eta_lr") | {"dpm_calls": 3}
+DTQL = without(TINY, "num_q_samples", "diffusion_steps", "eta_lr")
+DTQL |= {"pretrain_steps": 14, "num_action_samples": 4, "lr_decay": True}
 AGENTS = {
     dac: (dac.DAC, TINY),
     diffusion_ql: (diffusion_ql.DiffusionQL, without(TINY, "num_qs", "num_q_samples", "eta_lr")),
     edp_td3: (edp_td3.EDPTD3, EDP),
     edp_crr: (edp_crr.EDPCRR, EDP),
+    dtql: (dtql.DTQL, DTQL),
     edp_iql: (edp_iql.EDPIQL, without(EDP, "actor_target_start", "actor_target_every")),
 }
 
@@ -202,6 +206,7 @@ def test_watching_does_not_change_the_training(finished_by, script, tmp_path):
 
 
 def test_every_evaluation_draws_the_same_numbers():
+    torch.manual_seed(0)
     agent = dac.DAC(1, 2, resolved()[0], torch.device("cpu"))
     envs = [Bandit("bandit-moons-v0") for _ in range(3)]
     torch.manual_seed(1)
@@ -272,6 +277,50 @@ def test_resume_after_ctrl_c_in_an_evaluation(finished, tmp_path, monkeypatch):
     assert_same_run(folder, finished)
 
 
+@pytest.fixture(scope="module")
+def finished_dtql(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("finished"), dtql)
+
+
+def test_resume_after_ctrl_c_in_the_pretraining(finished_dtql, tmp_path, monkeypatch, capsys):
+    """The steps of the pretraining that are left follow, then the training."""
+    calls = count_calls(
+        monkeypatch, dtql.DTQL, "pretrain", at={9: lambda: signal.raise_signal(signal.SIGINT)}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, dtql)
+    folder = folder_in(tmp_path)
+    assert load(folder)["step"] == -5
+    assert "stopped at step -5 " in capsys.readouterr().out
+    assert not (folder / "pretrained.pt").exists()
+    resume(folder, dtql)
+    assert len(calls) == 14
+    assert_same_run(folder, finished_dtql)
+    ours, theirs = curves_of(folder), curves_of(finished_dtql)
+    assert [step for step, _ in ours["losses/bc_loss"]] == [-10, -5, 0, 10, 20, 30, 40, 50, 60]
+    for tag in ("losses/actor_loss", "eval/return_mean"):  # the interruption added a point to the others
+        assert ours[tag] == theirs[tag]
+
+
+def test_what_the_pretraining_learned_is_used_again(finished_dtql, tmp_path, monkeypatch):
+    """pretrained.pt is the checkpoint of step 0: with it a run goes on, as it did or with another alpha."""
+    pretrained = torch.load(finished_dtql / "pretrained.pt", weights_only=True)
+    assert (pretrained["step"], pretrained["results"]["evaluations"]) == (0, [])
+    calls = count_calls(monkeypatch, dtql.DTQL, "pretrain", at={})
+    shutil.copy(finished_dtql / "pretrained.pt", tmp_path)
+    resume(tmp_path / "pretrained.pt", dtql)
+    assert_same_run(tmp_path, finished_dtql)
+    resume(tmp_path / "pretrained.pt", dtql, alpha=7.0)
+    assert load(tmp_path)["args"]["alpha"] == 7.0
+    assert results_of(tmp_path)["losses"]["actor_loss"] != results_of(finished_dtql)["losses"]["actor_loss"]
+    assert calls == []
+
+
+def test_without_pretraining(tmp_path):
+    folder = train(tmp_path, dtql, pretrain_steps=0)
+    assert results_of(folder)["finished"] and not (folder / "pretrained.pt").exists()
+
+
 def test_given_arguments_win_over_those_of_the_checkpoint(tmp_path):
     folder = train(tmp_path, gamma=0.5, log_every=3)
     code, *_ = finish(command("--resume", folder, "--total-steps", 70, "--gamma", 0.99))
@@ -295,10 +344,24 @@ def test_given_beats_task_beats_default():
     assert dac.DEFAULT_SETTINGS.items() <= vars(args).items()
 
 
+def test_a_table_may_set_what_has_a_default(tmp_path, monkeypatch):
+    """The mazes have larger batches; what is given wins, also where it is the default, also on resuming."""
+    for words, batch_size, source in [([], 2048, "task"), (["--batch-size", "256"], 256, "given")]:
+        monkeypatch.setattr(sys, "argv", ["dtql.py", *words])
+        run = Run("dtql", dtql.Args(env_id="antmaze-umaze-v2"), dtql.DEFAULT_SETTINGS, dtql.TASK_SETTINGS)
+        assert (run.args.batch_size, run.sources["batch_size"]) == (batch_size, source)
+        checkpoint = {"script": "dtql", "args": vars(run.args), "sources": run.sources}
+        torch.save(checkpoint, tmp_path / "checkpoint.pt")
+        monkeypatch.setattr(sys, "argv", ["dtql.py"])
+        run = Run("dtql", dtql.Args(resume=str(tmp_path)), dtql.DEFAULT_SETTINGS, dtql.TASK_SETTINGS)
+        assert (run.args.batch_size, run.sources["batch_size"]) == (batch_size, source)
+
+
 # --- The run folder ---
 def test_files(finished_by, script):
     names = sorted(path.name.split(".")[0] for path in finished_by.rglob("*"))
-    assert names == ["checkpoint", "config", "events"] + ["results"]
+    pretrained = ["pretrained"] * (script is dtql)
+    assert names == ["checkpoint", "config", "events", *pretrained, "results"]
     assert finished_by.name.startswith(f"bandit-moons-v0__{script.__name__}__0__2")
 
 
@@ -431,11 +494,16 @@ def test_mistakes(changes, message, tmp_path):
         ("actor_target_every", 0),
         ("lr_decay_steps", 0),
         ("actor_lr", -1.0),
+        ("pretrain_steps", -1),
+        ("nll_weight", -1.0),
+        ("ema_decay", -0.1),
+        ("sigma_min", 0.0),
     ],
 )
 def test_numbers_out_of_range(argument, value, tmp_path):
+    script = next(each for each in AGENTS if hasattr(each.Args, argument))
     with pytest.raises(UserError, match=f"--{argument.replace('_', '-')} is {value}"):
-        train(tmp_path / "runs", **{argument: value})
+        train(tmp_path / "runs", script, **{argument: value})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
@@ -471,7 +539,7 @@ def test_a_file_in_the_way_of_the_run_folder(tmp_path):
 
 
 def break_critic_loss(monkeypatch, step, agent=dac.DAC):
-    """Make the loss of that update infinite."""
+    """Make the critics' loss infinite when it is computed for that time."""
     calls, original = [], agent.critic_loss
 
     def critic_loss(agent, batch, *draws):
@@ -487,7 +555,8 @@ def break_critic_loss(monkeypatch, step, agent=dac.DAC):
 def test_a_loss_that_is_not_finite(save_every, finished_by, script, tmp_path, monkeypatch):
     """The run ends, and the last good checkpoint can be resumed."""
     agent, arguments = AGENTS[script]
-    break_critic_loss(monkeypatch, 38 - max(arguments.get("learning_starts", 0) - 1, 0), agent)
+    before = arguments.get("pretrain_steps", 0) - max(arguments.get("learning_starts", 0) - 1, 0)
+    break_critic_loss(monkeypatch, 38 + before, agent)  # steps of the run and updates are counted apart
     message = r"critic_loss is inf at step 38\b.* the .*checkpoint in .* is from before"
     with pytest.raises(UserError, match=message):
         train(tmp_path, script, save_every=save_every)

@@ -41,6 +41,7 @@ POSSIBLE = {name: {size} for name, size in SIZES.items()} | {
     "next_rows": {BATCH_SIZE, BATCH_SIZE * SIZES["num_q_samples"]},
     "noise_steps": {1, SIZES["T"]},
     "n_out": {SIZES["hidden"], 1},
+    "size": {SIZES["hidden"]},
 }
 
 EDP = [
@@ -63,6 +64,7 @@ SCRIPTS = {
     "edp_td3": ("EDPTD3", EDP),
     "edp_crr": ("EDPCRR", EDP),
     "edp_iql": ("EDPIQL", EDP),
+    "dtql": ("DTQL", [{"nll_weight": 1.0}, {"value_target": "target", "first_mish": True}]),
 }
 
 
@@ -158,9 +160,9 @@ def run_checked(path, agent_name, variants):
         arguments = module.DEFAULT_SETTINGS | {
             "batch_size": BATCH_SIZE,
             "hidden_dims": (SIZES["hidden"], SIZES["hidden"]),
-            "diffusion_steps": SIZES["T"],
         }
-        arguments |= {name: size for name, size in SIZES.items() if hasattr(module.Args(), name)}
+        sizes = SIZES | {"diffusion_steps": SIZES["T"]}
+        arguments |= {name: size for name, size in sizes.items() if hasattr(module.Args(), name)}
         known = {name: value for name, value in variant.items() if hasattr(module.Args(), name)}
         args = module.Args(**arguments | known)
         agent = getattr(module, agent_name)(obs_dim, action_dim, args, torch.device("cpu"))
