@@ -47,4 +47,4 @@ def test_conformance(path, double, check):
 
 
 def test_there_are_cases():
-    assert {path.stem for path in FILES} >= {"dac_a", "dac_a_f64", "dac_c", "dac_c_f64"}
+    assert {path.stem for path in FILES} >= {"dac_a", "dac_a_f64", "dac_c", "dac_c_f64", "qvpo_a"}

@@ -29,9 +29,15 @@ SIZES = {
     "num_q_samples": 19,
     "num_action_samples": 23,
     "time_dim": 2 * 29,
+    "num_target_samples": 31,
+    "num_train_samples": 37,
+    "num_behavior_samples": 41,
+    "num_chosen": 4,
+    "num_entropy_samples": 6,
 }
 STORED, BATCH_SIZE, STATES = 101, 7, 2  # transitions in the data, in an update; states to act in
-SAMPLES = [1, SIZES["num_q_samples"], SIZES["num_action_samples"]]
+SAMPLES = [1, *(SIZES[f"num_{name}_samples"] for name in ("q", "action", "target", "train", "behavior"))]
+SAMPLES += [SIZES["num_chosen"], SIZES["num_chosen"] * (SIZES["num_entropy_samples"] + 1)]
 POSSIBLE = {name: {size} for name, size in SIZES.items()} | {
     "batch": {STORED, *(rows * samples for rows in (BATCH_SIZE, STATES) for samples in SAMPLES)},
     "num_members": {SIZES["num_qs"]},
@@ -49,6 +55,7 @@ SCRIPTS = {
             {"q_guidance": "none", "q_target": "rand_convex", "clip_sampler": False},
         ],
     ),
+    "qvpo_online": ("QVPO", [{"weight": "qadv"}, {"weight": "qcut"}]),
 }
 
 
