@@ -89,8 +89,8 @@ class Args:
     q_std_rate: float = 1e-3  # the same for the standard deviation
     entropy_weight: float | None = None  # weight of a uniform action relative to a chosen one, at the start
     entropy_weight_min: float | None = None  # ... which falls to 0 over total_steps, but not below this
-    actor_lr: float = 1e-4  # learning rate of the actor
-    critic_lr: float = 3e-4  # learning rate of the critics
+    actor_lr: float | None = None  # learning rate of the actor
+    critic_lr: float | None = None  # learning rate of the critics
     adam_eps: float = 1e-5  # epsilon of Adam
     max_grad_norm: float = 2.0  # limit of the global gradient norm, per optimizer
     actor_target_every: int = 1  # steps between updates of the target actor
@@ -100,13 +100,13 @@ class Args:
 DEFAULT_SETTINGS = dict(  # of the official code
     total_steps=1_000_000, tau=0.005, eval_every=10_000, learning_starts=10_000, diffusion_steps=20,
     hidden_dims=(256, 256, 256), num_behavior_samples=4, num_target_samples=4, num_train_samples=64,
-    entropy_weight=0.02, entropy_weight_min=0.002,
+    entropy_weight=0.02, entropy_weight_min=0.002, actor_lr=1e-4, critic_lr=3e-4,
 )
 # Ours, to learn in minutes on a CPU.
-ONLINE_BANDIT = dict(total_steps=1_500, eval_every=500, learning_starts=200, diffusion_steps=10, tau=0.03,
-              hidden_dims=(64, 64, 64), num_train_samples=16)
-PENDULUM = dict(total_steps=20_000, eval_every=1_000, learning_starts=1_000, tau=0.01,
-                hidden_dims=(128, 128, 128), num_train_samples=16)
+PENDULUM = dict(total_steps=10_000, eval_every=1_000, learning_starts=1_000, diffusion_steps=10, tau=0.01,
+                hidden_dims=(64, 64, 64), num_train_samples=16, actor_lr=1e-3, critic_lr=1e-3)
+ONLINE_BANDIT = dict(total_steps=1_500, eval_every=500, learning_starts=200, diffusion_steps=10, tau=0.05,
+                     hidden_dims=(64, 64, 64), num_train_samples=16, actor_lr=1e-3, critic_lr=3e-3)
 # From Table 3 of the paper, where the weight of the entropy term is a constant; the last rows are ours.
 TASK_SETTINGS = {
     "Ant-v4":         dict(num_target_samples=2, entropy_weight=0.01, entropy_weight_min=0.01),
