@@ -105,8 +105,8 @@ DEFAULT_SETTINGS = dict(  # of the official code
 # Ours, to learn in minutes on a CPU.
 PENDULUM = dict(total_steps=10_000, eval_every=1_000, learning_starts=1_000, diffusion_steps=10, tau=0.01,
                 hidden_dims=(64, 64, 64), num_train_samples=16, actor_lr=1e-3, critic_lr=1e-3)
-ONLINE_BANDIT = dict(total_steps=1_500, eval_every=500, learning_starts=200, diffusion_steps=10, tau=0.05,
-                     hidden_dims=(64, 64, 64), num_train_samples=16, actor_lr=1e-3, critic_lr=3e-3)
+BANDIT = dict(total_steps=1_500, eval_every=500, learning_starts=200, diffusion_steps=10, tau=0.05,
+              hidden_dims=(64, 64, 64), num_train_samples=16, actor_lr=1e-3, critic_lr=3e-3)
 # From Table 3 of the paper, where the weight of the entropy term is a constant; the last rows are ours.
 TASK_SETTINGS = {
     "Ant-v4":         dict(num_target_samples=2, entropy_weight=0.01, entropy_weight_min=0.01),
@@ -116,10 +116,10 @@ TASK_SETTINGS = {
     "Walker2d-v4":    dict(num_target_samples=2, entropy_weight=0.01, entropy_weight_min=0.01),
     "InvertedPendulum-v5": PENDULUM,
     "Pendulum-v1": PENDULUM,
-    "bandit-8gaussians-v0": ONLINE_BANDIT,
-    "bandit-moons-v0": ONLINE_BANDIT,
-    "bandit-corners-v0": ONLINE_BANDIT,
-    "bandit-spiral-v0": ONLINE_BANDIT,
+    "bandit-8gaussians-v0": BANDIT,
+    "bandit-moons-v0": BANDIT,
+    "bandit-corners-v0": BANDIT,
+    "bandit-spiral-v0": BANDIT,
 }
 # fmt: on
 
@@ -141,6 +141,12 @@ def noise_schedule(name: str, num_steps: int) -> tuple[list[float], list[float]]
         beta = np.minimum(1 - f / np.roll(f, 1), 0.999)
     beta[0] = 0
     return beta.tolist(), np.cumprod(1 - beta).tolist()
+
+
+def posterior_std(beta: list[float], alpha_bar: list[float]) -> list[float]:
+    """Standard deviation of q(x_{t-1} | x_t, x_0) for t = 0..T (Ho et al. 2020, Eq. 7); 0 at t = 0 and 1."""
+    steps = range(1, len(beta))
+    return [0.0, *(math.sqrt(beta[t] * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t])) for t in steps)]
 
 
 def add_noise(x_0: Tensor, t: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -311,11 +317,8 @@ class QVPO(nn.Module):
         super().__init__()
         self.args, self.action_dim = args, action_dim
         self.beta, self.alpha_bar = noise_schedule(args.noise_schedule, args.diffusion_steps)
-        variance = [  # of q(x_{t-1} | x_t, x_0)
-            self.beta[t] * (1 - self.alpha_bar[t - 1]) / (1 - self.alpha_bar[t])
-            for t in range(1, args.diffusion_steps + 1)
-        ]
-        self.sigma = [0.0] + [args.sampler_temperature * math.sqrt(value) for value in variance]
+        std = posterior_std(self.beta, self.alpha_bar)
+        self.sigma = [args.sampler_temperature * value for value in std]
         self.eval_sigma = [0.0 if args.deterministic_eval else sigma for sigma in self.sigma]
         self.actor = QVPONoisePredictor(obs_dim, action_dim, args.time_dim, args.hidden_dims)
         self.critic = EnsembleCritic(obs_dim, action_dim, args.num_qs, args.hidden_dims)

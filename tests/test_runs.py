@@ -22,6 +22,7 @@ from test_datasets import flags, write
 from test_siblings import fields_of_args
 
 import dac
+import qvpo_online
 from common.datasets import Bandit, UserError
 from common.runs import resolve_settings, run_command, summarize
 
@@ -43,16 +44,38 @@ TINY = {
     "actor_target_start": 5,
     "actor_target_every": 2,
 }
+TINY_ONLINE = {
+    "env_id": "bandit-moons-v0",
+    "hidden_dims": (16, 16),
+    "num_qs": 2,
+    "num_train_samples": 4,
+    "diffusion_steps": 3,
+    "entropy_weight_min": 0.02,
+    "batch_size": 8,
+    "total_steps": 60,
+    "learning_starts": 3,
+    "eval_every": 10,
+    "eval_episodes": 2,
+    "log_every": 10,
+    "save_every": 20,
+    "actor_target_every": 2,
+}
+AGENTS = {dac: (dac.DAC, TINY), qvpo_online: (qvpo_online.QVPO, TINY_ONLINE)}
 
 
-def train(run_dir, **changes):
+@pytest.fixture(scope="module", params=AGENTS, ids=lambda script: script.__name__)
+def script(request):
+    return request.param
+
+
+def train(run_dir, script=dac, **changes):
     """A run of 60 steps, a second at most; returns its folder."""
-    dac.train(dac.Args(**TINY | {"run_dir": str(run_dir)} | changes))
+    script.train(script.Args(**AGENTS[script][1] | {"run_dir": str(run_dir)} | changes))
     return folder_in(run_dir)
 
 
-def resume(folder, **changes):
-    dac.train(dac.Args(resume=str(folder), **changes))
+def resume(folder, script=dac, **changes):
+    script.train(script.Args(resume=str(folder), **changes))
 
 
 def folder_in(run_dir):
@@ -82,8 +105,8 @@ def curves_of(folder):
 
 
 def assert_same_state(folder, other):
-    """Networks, targets, eta, optimizers and random state are equal, bit for bit."""
-    for part in ("agent", "optimizers", "rng", "step"):
+    """Networks, targets, buffers, optimizers, random state and memory are equal, bit for bit."""
+    for part in ("agent", "optimizers", "rng", "step", "memory"):
         torch.testing.assert_close(load(folder)[part], load(other)[part], rtol=0, atol=0)
 
 
@@ -97,6 +120,12 @@ def assert_same_run(folder, other):
 def finished(tmp_path_factory):
     """The folder of a finished run of 60 steps; not to be changed."""
     return train(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="module")
+def finished_by(script, tmp_path_factory):
+    """The same, by each of the scripts."""
+    return train(tmp_path_factory.mktemp("finished"), script)
 
 
 @pytest.fixture
@@ -126,7 +155,7 @@ def count_calls(monkeypatch, owner, name, at):
     return calls
 
 
-def command(*arguments, limit=None, **options):
+def command(*arguments, script=dac, limit=None, **options):
     """`python dac.py ...` as a process; limit: bytes that a file may have, as on a full disk."""
 
     def prepare():
@@ -135,7 +164,7 @@ def command(*arguments, limit=None, **options):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return subprocess.Popen(
-        [sys.executable, ROOT / "dac.py", *map(str, arguments)],
+        [sys.executable, script.__file__, *map(str, arguments)],
         preexec_fn=prepare, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
     )  # fmt: skip
 
@@ -146,29 +175,29 @@ def finish(process):
     return process.returncode, out, err
 
 
-def tiny_flags(**changes):
+def tiny_flags(script=dac, **changes):
     words = []
-    for name, value in {**TINY, **changes}.items():
+    for name, value in {**AGENTS[script][1], **changes}.items():
         words += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
     return words
 
 
 # --- Determinism ---
-def test_same_seed_same_run(finished, tmp_path):
-    assert_same_run(finished, train(tmp_path))
+def test_same_seed_same_run(finished_by, script, tmp_path):
+    assert_same_run(finished_by, train(tmp_path, script))
 
 
-def test_other_seed_other_run(finished, tmp_path):
-    other = train(tmp_path, seed=1)
-    assert results_of(other)["losses"] != results_of(finished)["losses"]
-    assert not torch.equal(load(other)["rng"], load(finished)["rng"])
+def test_other_seed_other_run(finished_by, script, tmp_path):
+    other = train(tmp_path, script, seed=1)
+    assert results_of(other)["losses"] != results_of(finished_by)["losses"]
+    assert not torch.equal(load(other)["rng"], load(finished_by)["rng"])
     for name in ("actor.layers.0.weight", "critic.layers.0.weight"):
-        assert not torch.equal(load(other)["agent"][name], load(finished)["agent"][name])
+        assert not torch.equal(load(other)["agent"][name], load(finished_by)["agent"][name])
 
 
-def test_watching_does_not_change_the_training(finished, tmp_path):
-    other = train(tmp_path, eval_every=7, eval_episodes=3, log_every=4, save_every=9)
-    assert_same_state(finished, other)
+def test_watching_does_not_change_the_training(finished_by, script, tmp_path):
+    other = train(tmp_path, script, eval_every=7, eval_episodes=3, log_every=4, save_every=9)
+    assert_same_state(finished_by, other)
     assert [each["step"] for each in evaluations_of(other)] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
 
 
@@ -190,42 +219,46 @@ def test_learning_rates_follow_the_steps(finished):
 
 
 # --- Resuming ---
-def test_resume_is_exact(finished, tmp_path):
-    folder = train(tmp_path, total_steps=30)
-    resume(folder, total_steps=60)
-    assert_same_run(folder, finished)
+def test_resume_is_exact(finished_by, script, tmp_path):
+    folder = train(tmp_path, script, total_steps=30)
+    resume(folder, script, total_steps=60)
+    assert_same_run(folder, finished_by)
     assert folder_in(tmp_path) == folder
-    ours, theirs = curves_of(folder), curves_of(finished)
+    ours, theirs = curves_of(folder), curves_of(finished_by)
     assert ours.keys() == theirs.keys()
     for tag in ours.keys() - {"charts/steps_per_second", "eval/seconds"}:
         assert ours[tag] == theirs[tag], tag
 
 
-def test_resume_after_a_crash(finished, tmp_path, monkeypatch):
+def test_resume_after_a_crash(finished_by, script, tmp_path, monkeypatch):
     """The steps after the last checkpoint are made again; the curves show them once."""
-    updates = count_calls(monkeypatch, dac.DAC, "update", at={36: RuntimeError("power cut")})
+    updates = count_calls(monkeypatch, AGENTS[script][0], "update", at={36: RuntimeError("power cut")})
     with pytest.raises(RuntimeError, match="power cut"):
-        train(tmp_path)
+        train(tmp_path, script)
     folder = folder_in(tmp_path)
     assert load(folder)["step"] == 20
-    resume(folder)
+    resume(folder, script)
     assert len(updates) == 36 + 40
-    assert_same_run(folder, finished)
-    assert curves_of(folder)["losses/actor_loss"] == curves_of(finished)["losses/actor_loss"]
+    assert_same_run(folder, finished_by)
+    for tag, points in curves_of(finished_by).items():
+        if tag.startswith("losses") or "episode" in tag:
+            assert curves_of(folder)[tag] == points
 
 
-def test_resume_after_ctrl_c_in_an_update(finished, tmp_path, monkeypatch, capsys):
-    count_calls(monkeypatch, dac.DAC, "update_actor", at={35: lambda: signal.raise_signal(signal.SIGINT)})
+def test_resume_after_ctrl_c_in_an_update(finished_by, script, tmp_path, monkeypatch, capsys):
+    interrupt = {35: lambda: signal.raise_signal(signal.SIGINT)}
+    count_calls(monkeypatch, AGENTS[script][0], "update_actor", at=interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path)
+        train(tmp_path, script)
     folder = folder_in(tmp_path)
-    assert load(folder)["step"] == 35  # the update that was under way is whole
+    step = 35 + max(AGENTS[script][1].get("learning_starts", 0) - 1, 0)
+    assert load(folder)["step"] == step  # the update that was under way is whole
     assert results_of(folder)["finished"] is False
     summary = capsys.readouterr().out.splitlines()[-2:]
-    assert re.match(r"stopped at step 35 after 0.\d min: final score ", summary[0])
+    assert re.match(rf"stopped at step {step} after 0.\d min: final score ", summary[0])
     assert summary[1] == f"  in {folder}; go on with --resume {folder}"
-    resume(folder / "checkpoint.pt")
-    assert_same_run(folder, finished)
+    resume(folder / "checkpoint.pt", script)
+    assert_same_run(folder, finished_by)
 
 
 def test_resume_after_ctrl_c_in_an_evaluation(finished, tmp_path, monkeypatch):
@@ -263,10 +296,10 @@ def test_given_beats_task_beats_default():
 
 
 # --- The run folder ---
-def test_files(finished):
-    names = sorted(path.name.split(".")[0] for path in finished.rglob("*"))
-    assert names == ["checkpoint", "config", "events", "results"]
-    assert finished.name.startswith("bandit-moons-v0__dac__0__2")
+def test_files(finished_by, script):
+    names = sorted(path.name.split(".")[0] for path in finished_by.rglob("*"))
+    assert names == ["checkpoint", "config", "events"] + ["replay"] * (script is qvpo_online) + ["results"]
+    assert finished_by.name.startswith(f"bandit-moons-v0__{script.__name__}__0__2")
 
 
 def test_config(finished):
@@ -437,9 +470,9 @@ def test_a_file_in_the_way_of_the_run_folder(tmp_path):
     assert (tmp_path / "runs").read_text() == "mine"
 
 
-def break_critic_loss(monkeypatch, step):
-    """Make the loss of that step infinite."""
-    calls, original = [], dac.DAC.critic_loss
+def break_critic_loss(monkeypatch, step, agent=dac.DAC):
+    """Make the loss of that update infinite."""
+    calls, original = [], agent.critic_loss
 
     def critic_loss(agent, batch, draws):
         calls.append(batch)
@@ -447,20 +480,21 @@ def break_critic_loss(monkeypatch, step):
             batch = batch._replace(reward=batch.reward + math.inf)
         return original(agent, batch, draws)
 
-    monkeypatch.setattr(dac.DAC, "critic_loss", critic_loss)
+    monkeypatch.setattr(agent, "critic_loss", critic_loss)
 
 
 @pytest.mark.parametrize("save_every", [16, 13])  # first seen when the losses are logged, when they are saved
-def test_a_loss_that_is_not_finite(save_every, finished, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite(save_every, finished_by, script, tmp_path, monkeypatch):
     """The run ends, and the last good checkpoint can be resumed."""
-    break_critic_loss(monkeypatch, step=38)
+    agent, arguments = AGENTS[script]
+    break_critic_loss(monkeypatch, 38 - max(arguments.get("learning_starts", 0) - 1, 0), agent)
     message = r"critic_loss is inf at step 38\b.* the .*checkpoint in .* is from before"
     with pytest.raises(UserError, match=message):
-        train(tmp_path, save_every=save_every)
+        train(tmp_path, script, save_every=save_every)
     folder = folder_in(tmp_path)
     assert load(folder)["step"] == results_of(folder)["step"] == 38 // save_every * save_every
-    resume(folder)
-    assert_same_state(folder, finished)
+    resume(folder, script)
+    assert_same_state(folder, finished_by)
 
 
 def test_a_loss_that_is_not_finite_before_the_first_checkpoint(tmp_path, monkeypatch):
@@ -526,11 +560,11 @@ def test_a_checkpoint_that_does_not_fit(change, arguments, message, finished_cop
 
 
 # --- The command ---
-def test_help_explains_every_argument():
-    code, out, _ = finish(command("--help", env={**os.environ, "COLUMNS": "100"}))
+def test_help_explains_every_argument(script):
+    code, out, _ = finish(command("--help", script=script, env={**os.environ, "COLUMNS": "100"}))
     assert code == 0
     shown = "".join(out.replace("│", "").split())  # the comments are broken into lines of a table
-    for name, lines in fields_of_args(ROOT / "dac.py").items():
+    for name, lines in fields_of_args(Path(script.__file__)).items():
         comment = "".join(lines).split("  # ")[1]
         assert f"--{name.replace('_', '-')}" in shown
         assert "".join(comment.split()) in shown, f"--{name} is shown without its comment"
@@ -551,8 +585,9 @@ def test_screen(tmp_path):
     assert lines[-1] == f"  in {folder}"
 
 
-def test_ctrl_c(tmp_path):
-    process = command(*tiny_flags(total_steps=100_000, run_dir=tmp_path / "stopped"))
+def test_ctrl_c(script, tmp_path):
+    flags = tiny_flags(script, total_steps=100_000, run_dir=tmp_path / "stopped")
+    process = command(*flags, script=script)
     while not list(tmp_path.glob("stopped/*/results.json")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -563,8 +598,8 @@ def test_ctrl_c(tmp_path):
     step = load(folder)["step"]
     assert f"stopped at step {step:,} " in out
     assert not list(folder.glob("*.tmp"))
-    resume(folder, total_steps=step + 20)
-    assert_same_run(folder, train(tmp_path / "uninterrupted", total_steps=step + 20))
+    resume(folder, script, total_steps=step + 20)
+    assert_same_run(folder, train(tmp_path / "uninterrupted", script, total_steps=step + 20))
 
 
 def test_a_mistake_is_one_message():

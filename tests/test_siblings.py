@@ -23,9 +23,10 @@ MAY_DIFFER = {
     "Args",  # but see SHARED_FIELDS
     "DEFAULT_SETTINGS",  # the paper's hyperparameters ...
     "TASK_SETTINGS",  # ... and those per task
+    "MINI", "BANDIT", "ANTMAZE", "ADROIT", "KITCHEN",  # ... and what several tasks share
     "Draws",  # the random numbers of one update
     "train",  # names the agent; online it also collects the transitions
-}
+}  # fmt: skip
 # The first fields of Args, the same in every script: name, type, default and comment.
 SHARED_FIELDS = [
     "env_id", "dataset", "seed", "device", "compile", "cuda_graph", "total_steps", "batch_size", "gamma",
