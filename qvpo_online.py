@@ -105,8 +105,8 @@ DEFAULT_SETTINGS = dict(  # of the official code
 # Ours, to learn in minutes on a CPU.
 PENDULUM = dict(total_steps=10_000, eval_every=1_000, learning_starts=1_000, diffusion_steps=10, tau=0.01,
                 hidden_dims=(64, 64, 64), num_train_samples=16, actor_lr=1e-3, critic_lr=1e-3)
-BANDIT = dict(total_steps=1_500, eval_every=500, learning_starts=200, diffusion_steps=10, tau=0.05,
-              hidden_dims=(64, 64, 64), num_train_samples=16, actor_lr=1e-3, critic_lr=3e-3)
+BANDIT = dict(total_steps=1_000, eval_every=250, learning_starts=200, diffusion_steps=5, tau=0.05,
+              hidden_dims=(64, 64, 64), num_train_samples=8, actor_lr=1e-3, critic_lr=3e-3)
 # From Table 3 of the paper, where the weight of the entropy term is a constant; the last rows are ours.
 TASK_SETTINGS = {
     "Ant-v4":         dict(num_target_samples=2, entropy_weight=0.01, entropy_weight_min=0.01),

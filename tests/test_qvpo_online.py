@@ -499,9 +499,9 @@ def test_the_entropy_term_keeps_the_policy_wide():
 
 def test_learning_the_best_mode_of_a_bandit(tmp_path):
     """From random actions that reach the best corner now and then; only there the return is above 0.45."""
-    args = {"env_id": "bandit-corners-v0", "batch_size": 64, "total_steps": 700, "eval_every": 700}
-    results = qvpo_online.train(qvpo_online.Args(**args, eval_episodes=100, run_dir=str(tmp_path)))
-    assert results["final"]["return"] > 0.6
+    args = {"env_id": "bandit-corners-v0", "batch_size": 64, "run_dir": str(tmp_path)}
+    results = qvpo_online.train(qvpo_online.Args(**args))
+    assert results["final"]["return"] > 0.7
 
 
 @pytest.mark.slow
