@@ -474,7 +474,8 @@ class QVPO(nn.Module):
         action = torch.cat([action.unsqueeze(0), draws.uniform_actions])
         loss = self.actor_loss(obs, action, weight, draws.t, draws.eps)
         metrics |= {"actor_loss": loss, "actor_grad_norm": self.descend("actor", loss)}
-        return metrics | {"candidate_q_mean": self.running_q_mean.clone()}
+        running = {"running_q_mean": self.running_q_mean.clone(), "running_q_std": self.running_q_std.clone()}
+        return metrics | running
 
     def update_targets(self) -> None:
         """The target networks follow, after both updates."""
