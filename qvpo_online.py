@@ -363,40 +363,26 @@ class QVPO(nn.Module):
             eps=torch.randn(1 + num_uniform, chosen, action_dim, device=device),
         )
 
-    def sample(
-        self,
-        actor: QVPONoisePredictor,
-        obs_share: Tensor,
-        time_share: Tensor,
-        noise: Tensor,
-        sigma: list[float],
-    ) -> Tensor:
-        """One action per row of obs_share from the actor's reverse chain; noise (T, batch, action_dim)."""
-
-        def predict_noise(x: Tensor, t: int) -> Tensor:
-            return actor(obs_share, time_share[t], x)  # (batch, action_dim)
-
-        return ddpm_sample(predict_noise, noise, self.beta, self.alpha_bar, sigma, clip=True)
-
     @torch.no_grad()
     def candidates(
-        self,
-        actor: QVPONoisePredictor,
-        critic: EnsembleCritic,
-        obs: Tensor,
-        noise: Tensor,
-        sigma: list[float],
+        self, obs: Tensor, noise: Tensor, sigma: list[float], target: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """n actions per state and their values; noise (T, n * batch, action_dim)."""
+        """n actions per state and their values; noise (T, n * batch, action_dim). target: of the targets."""
+        actor, critic = (self.actor_target, self.critic_target) if target else (self.actor, self.critic)
         n = noise.shape[1] // len(obs)
         obs_share = actor.embed_obs(obs).repeat(n, 1)  # (n * batch, hidden)
         time_share = actor.embed_time(len(noise))  # (T + 1, hidden)
         obs = obs.repeat(n, 1)  # (n * batch, obs_dim)
-        rows = CPU_ROWS if self.device.type == "cpu" else len(obs)
+
+        def predict_noise(x: Tensor, t: int, obs_share: Tensor) -> Tensor:
+            return actor(obs_share, time_share[t], x)  # (batch, action_dim)
+
         actions, q = [], []
+        rows = CPU_ROWS if self.device.type == "cpu" else len(obs)
         parts = (obs.split(rows), obs_share.split(rows), noise.split(rows, dim=1))
         for part_obs, part_share, part_noise in zip(*parts, strict=True):
-            actions.append(self.sample(actor, part_share, time_share, part_noise, sigma))
+            predict = partial(predict_noise, obs_share=part_share)
+            actions.append(ddpm_sample(predict, part_noise, self.beta, self.alpha_bar, sigma, clip=True))
             q.append(critic(part_obs, actions[-1]).amin(0))
         actions = torch.cat(actions).unflatten(0, (n, -1))  # (n, batch, action_dim)
         q = torch.cat(q).unflatten(0, (n, -1))  # (n, batch)
@@ -404,8 +390,7 @@ class QVPO(nn.Module):
 
     def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared temporal-difference error, summed over the critics; Eq. 1 and 2."""
-        inputs = batch.next_obs, draws.next_action_noise, self.sigma
-        _, next_q = self.candidates(self.actor_target, self.critic_target, *inputs)
+        _, next_q = self.candidates(batch.next_obs, draws.next_action_noise, self.sigma, target=True)
         target = batch.reward + self.args.gamma * (1 - batch.terminal) * next_q.amax(0)  # (batch,)
         q = self.critic(batch.obs, batch.action)  # (num_qs, batch)
         loss = (q - target).square().mean(1).sum()
@@ -432,7 +417,7 @@ class QVPO(nn.Module):
         The running mean and standard deviation of Q, which some weights need, follow the candidates'.
         """
         k = self.args.num_chosen
-        actions, q = self.candidates(self.actor, self.critic, obs, noise, self.sigma)
+        actions, q = self.candidates(obs, noise, self.sigma)
         self.running_q_mean.lerp_(q.mean(), self.args.q_mean_rate)
         self.running_q_std.lerp_(q.std(), self.args.q_std_rate)
         best = q.T.topk(k, dim=1).indices  # (batch, k)
@@ -496,7 +481,7 @@ class QVPO(nn.Module):
         if noise is None:
             shape = self.args.diffusion_steps, n * len(obs), self.action_dim
             noise = torch.randn(shape, device=self.device)  # (T, n * batch, action_dim)
-        actions, q = self.candidates(self.actor, self.critic, obs, noise, sigma)
+        actions, q = self.candidates(obs, noise, sigma)
         best = q.argmax(0)[None, :, None]  # (1, batch, 1)
         return actions.take_along_dim(best, dim=0).squeeze(0)  # (batch, action_dim)
 
@@ -550,8 +535,8 @@ class Experience:
 
     def __init__(self, env: gym.Env, capacity: int, time_limit_is_terminal: bool, device: torch.device):
         self.env, self.capacity, self.time_limit_is_terminal = env, capacity, time_limit_is_terminal
-        self.sizes = (env.observation_space.shape[0], env.action_space.shape[0], 1)
-        self.sizes = (*self.sizes, self.sizes[0], 1)
+        obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = torch.empty(capacity, sum(self.sizes), dtype=torch.float32, device=device)
         obs, action, reward, next_obs, terminal = self.rows.split(self.sizes, dim=1)
         self.data = Batch(obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1))
@@ -560,9 +545,9 @@ class Experience:
 
     def begin_episode(self, seed: int | None) -> None:
         """Reset the environment, with a new seed if none is given."""
-        self.seed = torch.randint(2**31, ()).item() if seed is None else seed
-        self.first, self.episode_return = self.count, 0.0
-        self.obs = self.env.reset(seed=self.seed)[0].astype(np.float32)
+        self.episode_seed = torch.randint(2**31, ()).item() if seed is None else seed
+        self.episode_start, self.episode_return = self.count, 0.0
+        self.obs = self.env.reset(seed=self.episode_seed)[0].astype(np.float32)
 
     def step(self, action: np.ndarray) -> dict[str, float]:
         """Play one action and keep the transition; return and length of the episode if it is over."""
@@ -575,7 +560,10 @@ class Experience:
         self.obs = next_obs.astype(np.float32)
         if not (terminated or truncated):
             return {}
-        episode = {"episode_return": self.episode_return, "episode_length": float(self.count - self.first)}
+        episode = {
+            "episode_return": self.episode_return,
+            "episode_length": float(self.count - self.episode_start),
+        }
         self.begin_episode(seed=None)
         return episode
 
@@ -592,7 +580,7 @@ class Experience:
         except OSError as error:
             raise cannot_write(path, error) from error
         self.saved, self.checksum = self.count, zlib.crc32(new, self.checksum)
-        return {name: getattr(self, name) for name in ("count", "checksum", "first", "seed")}
+        return {name: getattr(self, name) for name in ("count", "checksum", "episode_start", "episode_seed")}
 
     def load(self, folder: Path, state: dict[str, int]) -> None:
         """What save() wrote, and the episode that was under way; UserError if the file is not that."""
@@ -612,23 +600,22 @@ class Experience:
             raise UserError(f"--resume: {path} is damaged, or not that of the checkpoint")
         self.count = self.saved = state["count"]
         self.checksum = checksum
-        self.replay_episode(state["first"], state["seed"])
+        self.replay_episode(state["episode_start"], state["episode_seed"])
 
-    def replay_episode(self, first: int, seed: int) -> None:
-        """Play the episode whose first transition is given again, to where it was; or begin a new one."""
+    def replay_episode(self, start: int, seed: int) -> None:
+        """Play the episode that began at transition `start` again, to where it was; or begin a new one."""
         self.begin_episode(seed)
-        self.first = first
-        slots = [index % self.capacity for index in range(first, self.count)]
-        same = len(slots) <= self.capacity
-        for slot in slots if same else []:
+        self.episode_start = start
+        repeats = self.count - start <= self.capacity
+        for slot in [index % self.capacity for index in range(start, self.count)] if repeats else []:
             next_obs, reward, terminated, truncated, _ = self.env.step(self.data.action[slot].cpu().numpy())
             self.episode_return += float(reward)
             self.obs = next_obs.astype(np.float32)
-            stored = self.data.next_obs[slot].cpu().numpy()
-            same = not (terminated or truncated) and np.array_equal(self.obs, stored)
-            if not same:
+            same = np.array_equal(self.obs, self.data.next_obs[slot].cpu().numpy())
+            repeats = same and not (terminated or truncated)
+            if not repeats:
                 break
-        if not same:
+        if not repeats:
             print("  the episode under way cannot be played again: a new one begins")
             self.begin_episode(seed=None)
 

@@ -95,7 +95,7 @@ def test_candidates_and_their_values(float64, rows, monkeypatch):
     monkeypatch.setattr(qvpo_online, "CPU_ROWS", rows)
     agent, obs = small_agent(), torch.randn(3, 4)
     noise = noise_for(agent, 6)
-    actions, q = agent.candidates(agent.actor, agent.critic, obs, noise, agent.sigma)
+    actions, q = agent.candidates(obs, noise, agent.sigma)
     assert actions.shape == (2, 3, 2) and q.shape == (2, 3)
     for j in range(2):
         for b in range(3):
@@ -115,9 +115,7 @@ def test_critic_loss(float64):
     agent, batch = small_agent(num_target_samples=3, gamma=0.9), random_batch()
     draws = agent.draw(6)
     loss, _ = agent.critic_loss(batch, draws)
-    actions, _ = agent.candidates(
-        agent.actor_target, agent.critic_target, batch.next_obs, draws.next_action_noise, agent.sigma
-    )
+    actions, _ = agent.candidates(batch.next_obs, draws.next_action_noise, agent.sigma, target=True)
     expected = 0.0
     for b in range(6):
         next_obs = batch.next_obs[b].numpy()
@@ -145,7 +143,7 @@ def test_weights(float64, name):
 def test_chosen_actions(float64, num_chosen):
     agent, obs = small_agent(num_chosen=num_chosen, q_mean_rate=0.25, q_std_rate=0.5), torch.randn(6, 4)
     noise = noise_for(agent, 30)
-    actions, q = agent.candidates(agent.actor, agent.critic, obs, noise, agent.sigma)  # (5, 6, 2), (5, 6)
+    actions, q = agent.candidates(obs, noise, agent.sigma)  # (5, 6, 2), (5, 6)
     chosen, weight = agent.choose(obs, noise)
     for b in range(6):
         order = sorted(range(5), key=lambda j, b=b: -q[j, b].item())
@@ -196,7 +194,7 @@ def test_acting_takes_the_best_of_its_candidates(float64, name):
     agent, obs = small_agent(num_action_samples=7, num_behavior_samples=3), torch.randn(5, 4)
     n = {"act": 7, "explore": 3}[name]
     noise = noise_for(agent, n * 5)
-    candidates, _ = agent.candidates(agent.actor, agent.critic, obs, noise, agent.sigma)
+    candidates, _ = agent.candidates(obs, noise, agent.sigma)
     actions = getattr(agent, name)(obs, noise)
     for b in range(5):
         q = [q_values(agent.critic, obs[b].numpy(), candidates[j, b].numpy()) for j in range(n)]
@@ -372,7 +370,7 @@ def test_saving_and_loading(tmp_path, capacity):
     loaded.load(tmp_path, state)
     stored = min(capacity, 8)
     torch.testing.assert_close(loaded.rows[:stored], experience.rows[:stored], rtol=0, atol=0)
-    for name in ("count", "saved", "checksum", "first", "seed", "obs", "episode_return"):
+    for name in ("count", "saved", "checksum", "episode_start", "episode_seed", "obs", "episode_return"):
         assert getattr(loaded, name) == getattr(experience, name), name
     assert loaded.env.steps == experience.env.steps == 3
     assert play(loaded, 2) == play(experience, 2) != []
@@ -419,8 +417,8 @@ def test_an_episode_that_cannot_be_played_again(env, capacity, tmp_path, capsys)
     loaded = Experience(env, capacity, False, CPU)
     loaded.load(tmp_path, state)
     assert "the episode under way cannot be played again: a new one begins" in capsys.readouterr().out
-    assert (loaded.count, loaded.first, loaded.episode_return) == (7, 7, 0.0)
-    assert loaded.seed != state["seed"]
+    assert (loaded.count, loaded.episode_start, loaded.episode_return) == (7, 7, 0.0)
+    assert loaded.episode_seed != state["episode_seed"]
 
 
 # --- Environments ---

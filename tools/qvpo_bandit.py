@@ -71,7 +71,7 @@ def train(steps: list[int], seed: int, **changes) -> dict[int, np.ndarray]:
             agent.update(experience.data)
         if step + 1 in steps:
             noise = torch.randn(args.diffusion_steps, 1000, 2)
-            actions, _ = agent.candidates(agent.actor, agent.critic, obs, noise, agent.sigma)
+            actions, _ = agent.candidates(obs, noise, agent.sigma)
             samples[step + 1] = actions[:, 0].numpy()
     return samples
 

@@ -210,10 +210,10 @@ def check_sampler(case):
     section, agent = case.golden["sections"]["chain_plain"], make_agent(case)
     noise = torch.stack([drawn(draw) for draw in section["draws"]][:-1])
     obs = make_batch(case).obs
-    actions, _ = agent.candidates(agent.actor, agent.critic, obs, noise, agent.sigma)
+    actions, _ = agent.candidates(obs, noise, agent.sigma)
     close(case, actions[0], section["action"], "action", 5e-6)
     with rounded_tables(case):
-        actions, _ = agent.candidates(agent.actor, agent.critic, obs, noise, agent.sigma)
+        actions, _ = agent.candidates(obs, noise, agent.sigma)
     close(case, actions[0], section["action"], "action with rounded coefficients", 5e-6)
 
 
@@ -232,8 +232,7 @@ def check_choices(case):
             continue
         if name.startswith("target_action"):
             noise = chain_of_shape(case, agent.args.num_target_samples * len(batch.obs))
-            networks = agent.actor_target, agent.critic_target
-            actions, q = agent.candidates(*networks, batch.next_obs, noise, agent.sigma)
+            actions, q = agent.candidates(batch.next_obs, noise, agent.sigma, target=True)
             chosen = actions[q.argmax(0), torch.arange(len(batch.obs))]
             close(case, chosen, section["action"], name, 2e-5)
             close(case, q.amax(0), section["q_min"], f"{name}: q", 1e-5)
