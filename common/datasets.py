@@ -346,7 +346,7 @@ def make_online_env(task: str) -> gymnasium.Env:
         raise UserError(
             f"{task} names recorded data; to learn online, name an environment, such as {nearest}"
         )
-    return make_env(task, advice="it is learned in, so there is no doing without it")
+    return make_env(task, advice="install what it needs, or choose another --env-id")
 
 
 def make_env(
