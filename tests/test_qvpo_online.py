@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qvpo_online
 from common.datasets import UserError, make_online_env
@@ -252,6 +253,23 @@ def test_update_draws_two_batches_from_what_is_stored(monkeypatch):
         counts = np.bincount(obs[:, 0].int(), minlength=20)
         assert counts.min() > 5 and counts.sum() == 500
     assert not torch.equal(*seen)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_update_never_waits_for_a_value(name):
+    """No operation that reads a number back to the host, or whose result's shape depends on one."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            names.add(operation._schema.name.removeprefix("aten::"))
+            return operation(*args, **kwargs or {})
+
+    agent, data, names = small_agent(weight=name, num_chosen=2), random_batch(50), set()
+    agent.set_step(40)
+    with Recorder():
+        agent.update(data)
+    assert {"addmm", "_fused_adam_", "topk", "randint"} <= names
+    assert not {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"} & names
 
 
 def test_what_depends_on_the_step():
