@@ -75,6 +75,9 @@ def train(run_dir, script=dac, **changes):
 
 
 def resume(folder, script=dac, **changes):
+    # TensorBoard reads event files of one second in the order of their numbers as text, 10 before 9.
+    while list(Path(folder).glob(f"events.out.tfevents.{int(time.time())}.*")):
+        time.sleep(0.05)
     script.train(script.Args(resume=str(folder), **changes))
 
 
