@@ -339,7 +339,22 @@ class Bandit(gymnasium.Env):
         return np.zeros(1, np.float32), float(bandit_reward(self.task, action[None])[0]), True, False, {}
 
 
-def make_env(task: str, obs_dim: int | None = None, action_dim: int | None = None) -> gymnasium.Env:
+def make_online_env(task: str) -> gymnasium.Env:
+    """A fresh environment to learn in, as make_env() makes it; UserError for names of recorded data, too."""
+    if task in D4RL_TASKS or is_minari_id(task):
+        nearest = GYM_ENVS.get(task.split("-")[0], "Hopper-v4")
+        raise UserError(
+            f"{task} names recorded data; to learn online, name an environment, such as {nearest}"
+        )
+    return make_env(task, advice="install what it needs, or choose another --env-id")
+
+
+def make_env(
+    task: str,
+    obs_dim: int | None = None,
+    action_dim: int | None = None,
+    advice: str = "--eval-episodes 0 trains without evaluation",
+) -> gymnasium.Env:
     """A fresh environment: observations (obs_dim,), flattened if need be; actions (action_dim,) in [-1, 1].
 
     D4RL's gym tasks run in Gymnasium's v4 environments, which reward as D4RL does; v5 does not. UserError if
@@ -352,7 +367,7 @@ def make_env(task: str, obs_dim: int | None = None, action_dim: int | None = Non
     env_id = GYM_ENVS.get(family) if task in D4RL_TASKS else task
     if env_id is None:
         missing = f"evaluation of {task} needs environments that are not part of this version"
-        raise UserError(f"{missing}; --eval-episodes 0 trains without evaluation")
+        raise UserError(f"{missing}; {advice}")
     mujoco_warning = mujoco.get_mju_user_warning()
     try:  # quietly: Gymnasium on v4, MuJoCo (on the screen and in a log file) on v4's models, both deprecated
         mujoco.set_mju_user_warning(lambda message: None)
@@ -364,7 +379,6 @@ def make_env(task: str, obs_dim: int | None = None, action_dim: int | None = Non
             else:
                 env = gymnasium.make(env_id)
     except Exception as error:  # whatever an environment's author may raise, most often a missing package
-        advice = "--eval-episodes 0 trains without evaluation"
         raise UserError(f"cannot make the environment of {task}: {error}\n{advice}") from error
     finally:
         mujoco.set_mju_user_warning(mujoco_warning)

@@ -1,6 +1,7 @@
 """What a run does besides its algorithm: settings, device, Ctrl-C, logging, results and checkpoints.
 
 Nothing here knows an algorithm: an agent is a module with .device, .optimizers (a dict) and .set_step(step).
+What an online run keeps beside it is a memory, with .save(folder) -> state and .load(folder, state).
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common.datasets import Dataset, UserError
-from common.scores import normalized_score
+from common.scores import normalized_score, reference_returns
 
 # Smallest and largest values that make sense; every num_* is at least 1, too.
 LEAST = {"seed": 0, "eval_episodes": 0, "gamma": 0, "tau": 0, "actor_lr": 0, "critic_lr": 0}
@@ -38,6 +39,8 @@ LEAST |= {"max_grad_norm": 0, "weight_decay": 0, "expectile": 0, "inverse_temper
 LEAST |= {"temperature": 1e-6, "policy_scale": 1e-6, "time_dim": 4}
 LEAST |= {"pretrain_steps": 0, "q_weight": 0, "nll_weight": 0, "ema_decay": 0}
 LEAST |= {"sigma_min": 1e-9, "sigma_max": 1e-9, "sigma_data": 1e-9}
+LEAST |= {"learning_starts": 0, "replay_size": 1, "entropy_weight": 0, "entropy_weight_min": 0}
+LEAST |= {"num_entropy_samples": 0}
 MOST = {"seed": 2**63 - 1, "gamma": 1, "tau": 1, "expectile": 1, "ema_decay": 1}
 SUMMARY = ("final", "best", "last_ten")
 
@@ -218,7 +221,8 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 class Run:
     """Settings, folder, logs and checkpoint of one run; `with run:` sees to its end, whatever that is.
 
-    args, device and step (finished updates) are there from the start, the folder after begin().
+    args, device and step (finished updates; online, environment steps) are there from the start, the folder
+    after begin().
     """
 
     def __init__(self, script: str, args, defaults: dict, task_settings: dict[str, dict]):
@@ -241,12 +245,16 @@ class Run:
         keep_freed_memory()
         torch.manual_seed(self.args.seed)
 
-    def begin(self, agent: nn.Module, dataset: Dataset) -> None:
-        """Restore agent and random state on resuming, open the folder, say what is trained on what."""
-        self.agent, self.reference = agent, dataset.reference_returns
+    def begin(self, agent: nn.Module, dataset: Dataset | None = None, memory: object = None) -> None:
+        """Restore agent, memory and random state on resuming, open the folder, say what is trained on what.
+
+        Without a dataset the agent learns from what it does itself, and a step is one of the environment.
+        """
+        args = self.args
+        self.agent, self.memory = agent, memory
+        self.reference = dataset.reference_returns if dataset else reference_returns(args.env_id)
         if self.checkpoint:
             self.restore()
-        args = self.args
         now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # runs that start together have their own folders
         name = f"{args.env_id.replace('/', '-')}__{self.script}__{args.seed}__{now}"
         self.folder = self.checkpoint.get("folder", Path(args.run_dir) / name)
@@ -258,13 +266,17 @@ class Run:
         config = {"args": asdict(args), "sources": self.sources, **describe_machine(self.device)}
         write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
 
-        returns = dataset.episode_returns
+        returns = dataset.episode_returns if dataset else ()
         unknown = {"return": None, "score": None}  # no complete episode
         data = scored(returns.mean().item(), self.reference) if len(returns) else unknown
         about = {"format": 1, "script": self.script, "env_id": args.env_id, "seed": args.seed}
-        self.results = about | {"data": dataset.task, "data_mean": data} | self.results
-        counts = f"{len(dataset.rewards):,} transitions, {len(returns):,} episodes"
-        print(f"{self.script} on {dataset.task}: {counts}, mean {show(data) if len(returns) else 'unknown'}")
+        self.results = about | {"data": dataset and dataset.task, "data_mean": data} | self.results
+        if dataset:
+            counts = f"{len(dataset.rewards):,} transitions, {len(returns):,} episodes"
+            mean = show(data) if len(returns) else "unknown"
+            print(f"{self.script} on {dataset.task}: {counts}, mean {mean}")
+        else:
+            print(f"{self.script} in {args.env_id}: learns from its own transitions")
         for source in ("given", "task", "default"):
             names = [name for name in self.sources if self.sources[name] == source]
             if names:
@@ -283,15 +295,17 @@ class Run:
         return self.step % every == 0 or self.step == self.args.total_steps
 
     def record(self, losses: dict[str, Tensor]) -> None:
-        """Count one update and keep its losses, on the device."""
-        self.names = list(losses)
-        self.history.append(torch.stack(list(losses.values())))
+        """Count one step and keep its losses, on the device; there are none in a step without an update."""
+        if losses:
+            self.names = list(losses)
+            self.history.append(torch.stack(list(losses.values())))
         self.step += 1
         self.bar.update()
 
     def log(self) -> None:
         """The mean losses since the last call, to TensorBoard. UserError: a loss is not finite."""
         if not self.history:
+            self.logged = time.time()
             return
         values = torch.stack(self.history).cpu()  # (steps, losses)
         self.history.clear()
@@ -345,6 +359,7 @@ class Run:
             "step": self.step,
             "results": self.results,
             "agent": self.agent.state_dict(),
+            "memory": self.memory.save(self.folder) if self.memory else None,
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.agent.optimizers.items()},
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -355,7 +370,7 @@ class Run:
         write_atomically(self.folder / "results.json", json.dumps(self.results, indent=2).encode())
 
     def restore(self) -> None:
-        """Put agent and random state back to where the checkpoint was written."""
+        """Put agent, memory and random state back to where the checkpoint was written."""
         try:
             self.agent.load_state_dict(self.checkpoint["agent"])
         except RuntimeError as error:
@@ -364,6 +379,8 @@ class Run:
         for name, optimizer in self.agent.optimizers.items():
             own = optimizer.state_dict()["param_groups"]  # of this device and these arguments
             optimizer.load_state_dict(self.checkpoint["optimizers"][name] | {"param_groups": own})
+        if self.memory:
+            self.memory.load(self.checkpoint["folder"], self.checkpoint["memory"])
         torch.set_rng_state(self.checkpoint["rng"])
         if self.device.type == "cuda" and self.checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(self.checkpoint["cuda_rng"], self.device)

@@ -222,3 +222,22 @@ def expectile_error(gap, expectile):
 
 def normal_log_density(value, mean, std):
     return math.log(math.exp(-((value - mean) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi)))
+
+
+def best_candidate(actions, q):
+    """The action with the highest of its critics' lowest values; q[h][j] is critic h's value of action j."""
+    lowest = [min(of_action) for of_action in zip(*q, strict=True)]
+    return actions[lowest.index(max(lowest))]
+
+
+def q_weight(name, q, value, beta=1.0, cut=1.0, shift=0.0, mean=0.0, std=1.0):
+    """QVPO's weight of one action, whose state's candidates have the mean q `value`."""
+    if name == "qadv":
+        return q - value if q > value else 0.0
+    if name == "qcut":
+        return q if q > cut else cut
+    if name == "qrelu":
+        return q + shift if q > -shift else 0.0
+    if name == "qexpn":
+        return math.exp(beta * min(max((q - mean) / std, -8.0), 8.0))
+    return max(beta * (q - mean), {"qcut0n": 0.0, "qcut1n": 1.0}[name])

@@ -47,4 +47,18 @@ def test_conformance(path, double, check):
 
 
 def test_there_are_cases():
-    assert {path.stem for path in FILES} >= {"dac_a", "dac_a_f64", "dac_c", "dac_c_f64", "dtql_a"}
+    assert {path.stem for path in FILES} >= {
+        "dac_a_f64",
+        "dql_a",
+        "edp_td3_a_f64",
+        "edp_crr_a_f64",
+        "edp_iql_a_f64",
+    }
+    assert {path.stem for path in FILES} >= {
+        "dac_c_f64",
+        "dtql_a",
+        "qvpo_a",
+        "edp_td3_c_f64",
+        "edp_crr_c_f64",
+        "edp_iql_c_f64",
+    }

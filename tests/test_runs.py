@@ -27,6 +27,7 @@ import dtql
 import edp_crr
 import edp_iql
 import edp_td3
+import qvpo_online
 from common.datasets import Bandit, UserError
 from common.runs import Run, resolve_settings, run_command, summarize
 
@@ -48,6 +49,22 @@ TINY = {
     "actor_target_start": 5,
     "actor_target_every": 2,
 }
+TINY_ONLINE = {
+    "env_id": "bandit-moons-v0",
+    "hidden_dims": (16, 16),
+    "num_qs": 2,
+    "num_train_samples": 4,
+    "diffusion_steps": 3,
+    "entropy_weight_min": 0.02,
+    "batch_size": 8,
+    "total_steps": 60,
+    "learning_starts": 3,
+    "eval_every": 10,
+    "eval_episodes": 2,
+    "log_every": 10,
+    "save_every": 20,
+    "actor_target_every": 2,
+}
 
 
 def without(options, *names):
@@ -64,6 +81,7 @@ AGENTS = {
     edp_crr: (edp_crr.EDPCRR, EDP),
     dtql: (dtql.DTQL, DTQL),
     edp_iql: (edp_iql.EDPIQL, without(EDP, "actor_target_start", "actor_target_every")),
+    qvpo_online: (qvpo_online.QVPO, TINY_ONLINE),
 }
 
 
@@ -79,6 +97,9 @@ def train(run_dir, script=dac, **changes):
 
 
 def resume(folder, script=dac, **changes):
+    # TensorBoard reads event files of one second in the order of their numbers as text, 10 before 9.
+    while list(Path(folder).glob(f"events.out.tfevents.{int(time.time())}.*")):
+        time.sleep(0.05)
     script.train(script.Args(resume=str(folder), **changes))
 
 
@@ -110,7 +131,7 @@ def curves_of(folder):
 
 def assert_same_state(folder, other):
     """Networks, targets, buffers, optimizers, random state and memory are equal, bit for bit."""
-    for part in ("agent", "optimizers", "rng", "step"):
+    for part in ("agent", "optimizers", "rng", "step", "memory"):
         torch.testing.assert_close(load(folder)[part], load(other)[part], rtol=0, atol=0)
 
 
@@ -360,8 +381,8 @@ def test_a_table_may_set_what_has_a_default(tmp_path, monkeypatch):
 # --- The run folder ---
 def test_files(finished_by, script):
     names = sorted(path.name.split(".")[0] for path in finished_by.rglob("*"))
-    pretrained = ["pretrained"] * (script is dtql)
-    assert names == ["checkpoint", "config", "events", *pretrained, "results"]
+    own = {dtql: ["pretrained"], qvpo_online: ["replay"]}.get(script, [])
+    assert names == sorted(["checkpoint", "config", "events", *own, "results"])
     assert finished_by.name.startswith(f"bandit-moons-v0__{script.__name__}__0__2")
 
 
@@ -654,8 +675,9 @@ def test_screen(tmp_path):
     assert lines[-1] == f"  in {folder}"
 
 
-def test_ctrl_c(tmp_path):
-    process = command(*tiny_flags(total_steps=100_000, run_dir=tmp_path / "stopped"))
+def test_ctrl_c(script, tmp_path):
+    flags = tiny_flags(script, total_steps=100_000, run_dir=tmp_path / "stopped")
+    process = command(*flags, script=script)
     while not list(tmp_path.glob("stopped/*/results.json")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -666,8 +688,8 @@ def test_ctrl_c(tmp_path):
     step = load(folder)["step"]
     assert f"stopped at step {step:,} " in out
     assert not list(folder.glob("*.tmp"))
-    resume(folder, total_steps=step + 20)
-    assert_same_run(folder, train(tmp_path / "uninterrupted", total_steps=step + 20))
+    resume(folder, script, total_steps=step + 20)
+    assert_same_run(folder, train(tmp_path / "uninterrupted", script, total_steps=step + 20))
 
 
 def test_a_mistake_is_one_message():

@@ -31,9 +31,16 @@ SIZES = {
     "num_advantage_samples": 31,
     "num_likelihood_samples": 37,
     "time_dim": 2 * 29,
+    "num_target_samples": 43,
+    "num_train_samples": 47,
+    "num_behavior_samples": 41,
+    "num_chosen": 4,
+    "num_entropy_samples": 6,
 }
 STORED, BATCH_SIZE, STATES = 101, 7, 2  # transitions in the data, in an update; states to act in
-SAMPLES = [1, SIZES["num_q_samples"], SIZES["num_action_samples"], 1 + SIZES["num_advantage_samples"]]
+SAMPLES = [1, *(size for name, size in SIZES.items() if name.endswith("_samples"))]
+SAMPLES += [1 + SIZES["num_advantage_samples"], SIZES["num_chosen"]]
+SAMPLES += [SIZES["num_chosen"] * (SIZES["num_entropy_samples"] + 1)]
 POSSIBLE = {name: {size} for name, size in SIZES.items()} | {
     "batch": {STORED, *(rows * samples for rows in (BATCH_SIZE, STATES) for samples in SAMPLES)},
     "num_qs": {SIZES["num_qs"], 2},  # two where it is no argument
@@ -65,6 +72,7 @@ SCRIPTS = {
     "edp_crr": ("EDPCRR", EDP),
     "edp_iql": ("EDPIQL", EDP),
     "dtql": ("DTQL", [{"nll_weight": 1.0}, {"value_target": "target", "first_mish": True}]),
+    "qvpo_online": ("QVPO", [{"weight": "qadv"}, {"weight": "qcut"}]),
 }
 
 
