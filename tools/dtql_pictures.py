@@ -1,10 +1,11 @@
 """Draw what the trust region of DTQL looks like and where its policy ends, on two bandits, for docs/dtql.md.
 
-    python -m tools.dtql_pictures          # from the root of the repository; trains four policies, minutes
+    python tools/dtql_pictures.py          # trains four policies, minutes
 
 After the paper's Figures 1 and 3, drawn anew: everything shown is computed here.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,15 +13,18 @@ import matplotlib
 import torch
 from PIL import Image
 
-import dtql
-from common.datasets import bandit_reward, load_dataset
-
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 matplotlib.use("Agg")
+
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)
+
+import dtql  # noqa: E402
+from common.datasets import bandit_reward, load_dataset  # noqa: E402
 
 TASKS = ["bandit-moons-v0", "bandit-corners-v0"]
 SIGMAS = [0.02, 0.1, 0.3, 1.0, 5.0]
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 EXTENT = 1.0  # the actions are those of [-1, 1]^2
 
 
