@@ -2,14 +2,12 @@
 
 import math
 import re
-from contextlib import contextmanager
-from unittest import mock
 
 import gymnasium as gym
 import numpy as np
 import torch
 from conformance.files import CPU, rounded, statistics
-from conformance.torch_formulas import batch_columns, drawn, draws_by_meaning, filled
+from conformance.torch_formulas import batch_columns, drawn, draws_by_meaning, filled, rounded_tables
 
 import qvpo_online
 
@@ -117,39 +115,6 @@ def sections(case, *prefixes):
     return found
 
 
-@contextmanager
-def rounded_tables(case):
-    """In the double-precision runs of the files the coefficients are rounded to float32, each by itself.
-
-    So there the sampler and the forward process take them from the file's tables. That the script's own
-    functions have these coefficients is checked by check_schedule and check_sampler.
-    """
-    if not case.double:
-        yield
-        return
-    [tables] = case.golden["schedule"].values()
-    tables = {name: torch.tensor(values) for name, values in tables.items()}
-
-    def ddpm_sample(predict_noise, noise, beta, alpha_bar, sigma, clip):
-        x = noise[0]
-        for i in reversed(range(len(noise))):
-            eps = predict_noise(x, i + 1)
-            x_0 = tables["sqrt_recip_alphas_cumprod"][i] * x
-            x_0 = (x_0 - tables["sqrt_recipm1_alphas_cumprod"][i] * eps).clamp(-1, 1)
-            x = tables["posterior_mean_coef1"][i] * x_0 + tables["posterior_mean_coef2"][i] * x
-            if i > 0:
-                std = (0.5 * tables["posterior_log_variance_clipped"][i]).exp()
-                x = x + (std if sigma[i + 1] > 0 else 0) * noise[len(noise) - i]
-        return x.clamp(-1, 1)
-
-    def add_noise(x_0, t, eps, alpha_bar):
-        signal, noise = tables["sqrt_alphas_cumprod"], tables["sqrt_one_minus_alphas_cumprod"]
-        return signal[t - 1].unsqueeze(1) * x_0 + noise[t - 1].unsqueeze(1) * eps
-
-    with mock.patch.multiple(qvpo_online, ddpm_sample=ddpm_sample, add_noise=add_noise):
-        yield
-
-
 def check_fill(case):
     for network, tensors in parameters_of(make_agent(case)).items():
         expected = case.golden["params_filled"][network]
@@ -213,7 +178,7 @@ def check_sampler(case):
     obs = make_batch(case).obs
     actions, _ = agent.candidates(obs, noise, agent.sigma)
     close(case, actions[0], section["action"], "action", 5e-6)
-    with rounded_tables(case):
+    with rounded_tables(case, qvpo_online):
         actions, _ = agent.candidates(obs, noise, agent.sigma)
     close(case, actions[0], section["action"], "action with rounded coefficients", 5e-6)
 
@@ -438,6 +403,6 @@ def compare_parameters(case, agent, expected, float32_tolerance):
 
 
 def check_updates(case):
-    with rounded_tables(case):
+    with rounded_tables(case, qvpo_online):
         for name, _, gain in sections(case, "train"):
             run_train_section(case, name, gain)
