@@ -31,16 +31,14 @@ from common.datasets import Dataset, UserError
 from common.scores import normalized_score, reference_returns
 
 # Smallest and largest values that make sense; every num_* is at least 1, too.
-LEAST = {"seed": 0, "eval_episodes": 0, "gamma": 0, "tau": 0, "actor_lr": 0, "critic_lr": 0}
-LEAST |= {"total_steps": 1, "batch_size": 1, "eval_every": 1, "log_every": 1, "save_every": 1}
-LEAST |= {"diffusion_steps": 1, "actor_target_every": 1, "lr_decay_steps": 1}
-LEAST |= dict.fromkeys(("eta", "alpha", "guidance_weight", "bc_weight", "max_weight", "noise_scale"), 0)
-LEAST |= {"max_grad_norm": 0, "weight_decay": 0, "expectile": 0, "inverse_temperature": 0, "top_k": 1}
-LEAST |= {"temperature": 1e-6, "policy_scale": 1e-6, "time_dim": 4}
-LEAST |= {"pretrain_steps": 0, "q_weight": 0, "nll_weight": 0, "ema_decay": 0}
-LEAST |= {"sigma_min": 1e-9, "sigma_max": 1e-9, "sigma_data": 1e-9}
-LEAST |= {"learning_starts": 0, "replay_size": 1, "entropy_weight": 0, "entropy_weight_min": 0}
-LEAST |= {"num_entropy_samples": 0}
+AT_LEAST_0 = """seed eval_episodes gamma tau actor_lr critic_lr weight_decay max_grad_norm pretrain_steps
+    eta alpha q_weight guidance_weight bc_weight nll_weight max_weight expectile inverse_temperature
+    noise_scale ema_decay learning_starts entropy_weight entropy_weight_min num_entropy_samples"""
+AT_LEAST_1 = """total_steps batch_size eval_every log_every save_every lr_decay_steps diffusion_steps
+    actor_target_every top_k replay_size"""
+ABOVE_0 = "temperature policy_scale sigma_min sigma_max sigma_data"
+LEAST = dict.fromkeys(AT_LEAST_0.split(), 0) | dict.fromkeys(AT_LEAST_1.split(), 1)
+LEAST |= dict.fromkeys(ABOVE_0.split(), 1e-9) | {"time_dim": 4}
 MOST = {"seed": 2**63 - 1, "gamma": 1, "tau": 1, "expectile": 1, "ema_decay": 1}
 SUMMARY = ("final", "best", "last_ten")
 
@@ -232,6 +230,7 @@ class Run:
         given = given_arguments(args)
         if unknown := self.checkpoint.get("args", {}).keys() - vars(args):
             raise UserError(f"--resume: the checkpoint is of another version, with {', '.join(unknown)}")
+        # None for what is in the tables, so that they may set a field that has a default of its own
         args = type(args)(**dict.fromkeys(defaults) | self.checkpoint.get("args", {}) | given)
         self.args, self.sources = resolve_settings(args, defaults, task_settings)
         self.sources |= self.checkpoint.get("sources", {}) | dict.fromkeys(given, "given")
