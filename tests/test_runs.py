@@ -675,6 +675,7 @@ def test_screen(tmp_path):
     assert lines[-1] == f"  in {folder}"
 
 
+@pytest.mark.parametrize("script", [dac, qvpo_online], ids=lambda script: script.__name__)
 def test_ctrl_c(script, tmp_path):
     flags = tiny_flags(script, total_steps=100_000, run_dir=tmp_path / "stopped")
     process = command(*flags, script=script)
