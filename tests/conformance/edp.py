@@ -196,6 +196,10 @@ def compare_update(case, agent, entry, draws, number):
     """
     iql = case.golden["config"]["loss_type"] == "IQL"
     agent.set_step(entry.get("total_steps_after", 1004 + number) - 1)
+    if agent.args.lr_decay:  # the optimizers of the file start at 0
+        module, _ = script_of(case)
+        rate = agent.args.actor_lr * module.cosine_decay(number - 1, agent.args.lr_decay_steps)
+        agent.optimizers["actor"].param_groups[0]["lr"].fill_(rate)
     set_clip_t(agent, entry.get("dpm_t_clip_index"))
     if hasattr(agent, "actor_target") and "policy_tgt_update" in entry:
         assert bool(agent.actor_tau > 0) == entry["policy_tgt_update"]
