@@ -232,7 +232,7 @@ def dpm_solver_plan(alpha_bar: list[float], num_calls: int, t_end: float) -> lis
     num_steps = len(alpha_bar) - 1
     if not 1 <= num_calls <= num_steps:
         raise UserError(f"--dpm-calls is {num_calls}; it must be in 1..{num_steps}, the diffusion steps")
-    if not 1 <= t_end * num_steps < num_steps:
+    if not 1 - 1e-9 <= t_end * num_steps < num_steps:  # 1 / 49 * 49 is less than 1
         raise UserError(f"--dpm-t-end is {t_end}; it must be at least 1 / {num_steps}, and below 1")
     log_alphas = 0.5 * np.log(alpha_bar[1:])  # (T,), of timesteps 1..T, linear in between
 
@@ -255,13 +255,13 @@ def dpm_solver_plan(alpha_bar: list[float], num_calls: int, t_end: float) -> lis
         for i in range(1, order + 1):  # the call at times[i - 1] leads to times[i]
             change = growth[i] / 2 if order == 2 else growth[i] / h[i] - 1
             stage = SolverStage(
-                t=times[i - 1],
+                t=float(times[i - 1]),
                 clip_t=int(times[i - 1] + 1e-6),  # D9
-                x_weight=np.exp(log_alpha(times[i]) - log_alpha(start)),
-                eps_weight=sigma(times[i]) * growth[i],
-                change_weight=sigma(times[i]) * change * h[i] / h[i - 1] if i > 1 else 0,
+                x_weight=float(np.exp(log_alpha(times[i]) - log_alpha(start))),
+                eps_weight=float(sigma(times[i]) * growth[i]),
+                change_weight=float(sigma(times[i]) * change * h[i] / h[i - 1]) if i > 1 else 0.0,
             )
-            step.append(SolverStage(*map(float, stage))._replace(clip_t=stage.clip_t))
+            step.append(stage)
         plan.append(step)
     return plan
 

@@ -76,6 +76,15 @@ def test_dpm_solver_times_are_whole_where_they_are_whole():
     assert stages[1000.0] == 1000
 
 
+@pytest.mark.parametrize("num_steps", [20, 49, 98, 1000])  # 1 / 49 * 49 and 1 / 98 * 98 are less than 1
+def test_dpm_solver_stops_at_timestep_1_unless_told_otherwise(num_steps):
+    agent = small_agent(edp_td3, diffusion_steps=num_steps)
+    _, alpha_bar = edp_td3.noise_schedule("scaled_linear", num_steps)
+    weight = math.prod(step[-1].x_weight for step in agent.plan)  # x_weight is a ratio of sqrt(alpha_bar)
+    assert weight == pytest.approx(math.sqrt(alpha_bar[1] / alpha_bar[-1]))
+    assert all(stage.clip_t >= 1 for step in agent.plan for stage in step)
+
+
 @pytest.mark.parametrize(
     ("num_calls", "t_end", "message"),
     [
