@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import reference
 import torch
+from agents import TASK, random_batch, sampled_actions
 
 import dac
 from common.datasets import BANDITS, bandit_mode
 
 CPU = torch.device("cpu")
-TASK = "bandit-corners-v0"
 SCHEDULES = {
     "vp": reference.vp_schedule,
     "linear": reference.linear_schedule,
@@ -20,27 +20,10 @@ SCHEDULES = {
 }
 
 
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def small_agent(**options):
     settings = dac.DEFAULT_SETTINGS | dict(hidden_dims=(16, 16), num_qs=3, num_q_samples=2) | options
     torch.manual_seed(0)
     return dac.DAC(obs_dim=4, action_dim=2, args=dac.Args(**settings), device=CPU)
-
-
-def random_batch(size=5):
-    return dac.Batch(
-        obs=torch.randn(size, 4),
-        action=torch.rand(size, 2) * 2 - 1,
-        reward=torch.randn(size),
-        next_obs=torch.randn(size, 4),
-        terminal=(torch.arange(size) % 2).to(torch.get_default_dtype()),
-    )
 
 
 @pytest.mark.parametrize("num_steps", [2, 5, 20])
@@ -134,7 +117,7 @@ def test_mish_and_its_gradient(float64):
 
 
 def test_networks(float64):
-    agent, batch = small_agent(), random_batch()
+    agent, batch = small_agent(), random_batch(dac)
     q = agent.critic(batch.obs, batch.action)
     for h in range(3):
         weights = [layer.weight[h].T.detach().numpy() for layer in agent.critic.layers]
@@ -149,7 +132,7 @@ def test_networks(float64):
 @pytest.mark.parametrize("kind", ["lcb", "min", "convex"])
 def test_critic_loss(float64, kind, max_q_backup):
     agent = small_agent(q_target=kind, rho=0.7, max_q_backup=max_q_backup)
-    batch, draws = random_batch(), agent.draw(5)
+    batch, draws = random_batch(dac), agent.draw(5)
     loss, _ = agent.critic_loss(batch, draws)
     next_obs = batch.next_obs.repeat_interleave(2, dim=0)
     next_action = agent.sample(agent.actor_target, next_obs, draws.next_action_noise)
@@ -164,7 +147,7 @@ def test_critic_loss(float64, kind, max_q_backup):
 
 
 def test_q_gradient_is_a_row_by_row_derivative(float64):
-    agent, batch, step = small_agent(), random_batch(), 1e-6
+    agent, batch, step = small_agent(), random_batch(dac), 1e-6
     gradient = agent.q_gradient(batch.obs, batch.action)
     for dim in range(2):
         shift = torch.zeros(2)
@@ -177,7 +160,7 @@ def test_q_gradient_is_a_row_by_row_derivative(float64):
 
 def test_gradients_stay_where_they_belong():
     """Neither loss computes gradients for a network that it does not train."""
-    agent, batch = small_agent(q_guidance="denoised"), random_batch()
+    agent, batch = small_agent(q_guidance="denoised"), random_batch(dac)
     agent.update_critic(batch, agent.draw(5))
     assert all(parameter.grad is None for parameter in agent.actor.parameters())
     agent.critic.zero_grad()
@@ -211,7 +194,7 @@ def test_learning_rates_fall_along_a_cosine_to_zero():
 
 
 def test_eta_follows_the_constraint_within_its_bounds():
-    batch = random_batch()
+    batch = random_batch(dac)
     for threshold, expected in ((-100.0, 1.1), (100.0, 0.9)):  # far below and far above any loss: a full step
         agent = small_agent(eta=1.0, eta_lr=0.1, bc_threshold=threshold)
         agent.update_actor(batch, agent.draw(5))
@@ -251,29 +234,12 @@ def test_compiled_update_equals_eager():
             for network in agent.children():
                 network.compile()
         torch.manual_seed(1)
-        data = random_batch(50)
+        data = random_batch(dac, 50)
         for step in range(3):
             agent.set_step(step)
             metrics = agent.update(data)
         losses.append([value.item() for value in metrics.values()])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3, atol=1e-5)
-
-
-def sampled_actions(script, agent_name, tmp_path, monkeypatch, **options):
-    """Train an agent on the four corners, then 1000 actions of its policy."""
-    agents, original = [], getattr(script, agent_name)
-
-    class Recorded(original):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            agents.append(self)
-
-    monkeypatch.setattr(script, agent_name, Recorded)
-    args = script.Args(env_id=TASK, run_dir=str(tmp_path), eval_episodes=0, **options)
-    script.train(args)
-    monkeypatch.undo()
-    torch.manual_seed(0)
-    return agents[0].act(torch.zeros(1000, 1)).numpy()
 
 
 def test_dac_learns_the_best_mode_of_a_bandit(tmp_path, monkeypatch):

@@ -4,36 +4,18 @@ import numpy as np
 import pytest
 import reference
 import torch
-from test_dac import sampled_actions
+from agents import TASK, check_act_by_softmax, random_batch, sampled_actions
 
 import diffusion_ql
 from common.datasets import BANDITS, bandit_mode
 
 CPU = torch.device("cpu")
-TASK = "bandit-corners-v0"
-
-
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def small_agent(**options):
     settings = diffusion_ql.DEFAULT_SETTINGS | dict(hidden_dims=(16, 16)) | options
     torch.manual_seed(0)
     return diffusion_ql.DiffusionQL(4, 2, diffusion_ql.Args(**settings), CPU)
-
-
-def random_batch(size=5):
-    return diffusion_ql.Batch(
-        obs=torch.randn(size, 4),
-        action=torch.rand(size, 2) * 2 - 1,
-        reward=torch.randn(size),
-        next_obs=torch.randn(size, 4),
-        terminal=(torch.arange(size) % 2).to(torch.get_default_dtype()),
-    )
 
 
 def test_init_uniform():
@@ -56,7 +38,7 @@ def test_samples_stay_within_the_bounds():
 @pytest.mark.parametrize("max_q_backup", [False, True])
 def test_critic_loss(float64, max_q_backup):
     agent = small_agent(max_q_backup=max_q_backup, num_q_samples=4)
-    batch, draws = random_batch(), agent.draw(5)
+    batch, draws = random_batch(diffusion_ql), agent.draw(5)
     loss, _ = agent.critic_loss(batch, draws)
     n = 4 if max_q_backup else 1
     next_obs = batch.next_obs.repeat_interleave(n, dim=0)
@@ -74,7 +56,7 @@ def test_critic_loss(float64, max_q_backup):
 @pytest.mark.parametrize("member", [0, 1])
 def test_q_loss(float64, member):
     """The chosen critic's mean over the other's mean absolute value, which has no gradient."""
-    agent, batch = small_agent(eta=0.7), random_batch()
+    agent, batch = small_agent(eta=0.7), random_batch(diffusion_ql)
     draws = agent.draw(5)._replace(member=torch.tensor([member]))
     loss, metrics = agent.actor_loss(batch, draws)
     action = agent.sample(agent.actor, batch.obs, draws.action_noise)
@@ -89,7 +71,7 @@ def test_q_loss(float64, member):
 
 
 def test_gradients_stay_where_they_belong():
-    agent, batch = small_agent(), random_batch()
+    agent, batch = small_agent(), random_batch(diffusion_ql)
     draws = agent.draw(5)
     for trained, (loss, _) in {
         "critic": agent.critic_loss(batch, draws),
@@ -120,7 +102,7 @@ def test_learning_rates(lr_decay):
 
 
 def test_gradients_are_limited_unless_the_limit_is_0():
-    batch = random_batch()
+    batch = random_batch(diffusion_ql)
     for limit in (0.01, 0):
         agent = small_agent(max_grad_norm=limit)
         loss, _ = agent.critic_loss(batch, agent.draw(5))
@@ -130,20 +112,9 @@ def test_gradients_are_limited_unless_the_limit_is_0():
 
 
 def test_act_takes_a_candidate_by_softmax_of_q(monkeypatch):
-    agent, obs = small_agent(num_action_samples=7), torch.randn(5, 4)
-    noise, seen = torch.randn(agent.args.diffusion_steps, 35, 2), []
-
-    def multinomial(probabilities, count):
-        seen.append(probabilities)
-        return torch.tensor([[0], [3], [6], [1], [2]])
-
-    monkeypatch.setattr(torch, "multinomial", multinomial)
-    action = agent.act(obs, noise)
-    with torch.no_grad():
-        candidates = agent.sample(agent.actor, obs.repeat_interleave(7, dim=0), noise).view(5, 7, 2)
-        q = torch.stack([agent.critic_target(obs, candidates[:, j]).amin(0) for j in range(7)])  # (7, 5)
-    torch.testing.assert_close(seen[0], q.softmax(0).T)
-    torch.testing.assert_close(action, candidates[torch.arange(5), [0, 3, 6, 1, 2]])
+    agent = small_agent(num_action_samples=7)
+    noise = torch.randn(agent.args.diffusion_steps, 35, 2)
+    check_act_by_softmax(agent, agent.critic_target, noise, monkeypatch)
 
 
 def test_learns_the_best_mode_of_a_bandit(tmp_path, monkeypatch):

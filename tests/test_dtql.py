@@ -6,35 +6,18 @@ import numpy as np
 import pytest
 import reference
 import torch
+from agents import TASK, random_batch, sampled_actions
 
 import dtql
 from common.datasets import BANDITS
 
 CPU = torch.device("cpu")
-TASK = "bandit-corners-v0"
-
-
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def small_agent(**options):
     settings = dtql.DEFAULT_SETTINGS | dict(hidden_dims=(16, 16), num_action_samples=7) | options
     torch.manual_seed(0)
     return dtql.DTQL(obs_dim=4, action_dim=2, args=dtql.Args(**settings), device=CPU)
-
-
-def random_batch(size=5):
-    return dtql.Batch(
-        obs=torch.randn(size, 4),
-        action=torch.rand(size, 2) * 2 - 1,
-        reward=torch.randn(size),
-        next_obs=torch.randn(size, 4),
-        terminal=(torch.arange(size) % 2).to(torch.get_default_dtype()),
-    )
 
 
 def linear_layers(layers, member=None):
@@ -86,7 +69,7 @@ def test_scalings_keep_variance_one(float64):
 # --- Networks and losses ---
 @pytest.mark.parametrize("first_mish", [False, True])
 def test_denoiser(float64, first_mish):
-    agent, batch = small_agent(first_mish=first_mish), random_batch()
+    agent, batch = small_agent(first_mish=first_mish), random_batch(dtql)
     t = torch.linspace(-1.5, 1.1, 5)
     output = agent.denoiser.network(batch.obs, batch.action, t.unsqueeze(1))
     for row in range(5):
@@ -103,7 +86,7 @@ def test_denoiser(float64, first_mish):
 
 
 def test_critics_and_value(float64):
-    agent, batch = small_agent(), random_batch()
+    agent, batch = small_agent(), random_batch(dtql)
     for norm in agent.critic.norms:
         torch.nn.init.normal_(norm.weight)
         torch.nn.init.normal_(norm.bias)
@@ -124,7 +107,7 @@ def test_critics_and_value(float64):
 
 @pytest.mark.parametrize("clip_denoised", [True, False])
 def test_diffusion_loss(float64, clip_denoised):
-    agent, batch = small_agent(clip_denoised=clip_denoised), random_batch()
+    agent, batch = small_agent(clip_denoised=clip_denoised), random_batch(dtql)
     sigma, noise = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0]), torch.randn(5, 2)
     agent.denoiser.layers[-1].bias.data.fill_(2.0)  # leads out of the box where sigma is large
     loss = agent.diffusion_loss(batch.action, batch.obs, sigma, noise)
@@ -175,7 +158,7 @@ def test_trust_region_of_gaussian_data(float64):
 
 @pytest.mark.parametrize("value_target", ["online", "target"])
 def test_critic_loss(float64, value_target):
-    agent, batch = small_agent(value_target=value_target, expectile=0.8), random_batch()
+    agent, batch = small_agent(value_target=value_target, expectile=0.8), random_batch(dtql)
     for parameter in agent.critic_target.parameters():
         torch.nn.init.normal_(parameter)
     loss, metrics = agent.critic_loss(batch)
@@ -194,7 +177,7 @@ def test_critic_loss(float64, value_target):
 
 
 def test_actor_loss(float64):
-    agent, batch = small_agent(alpha=3.0, nll_weight=0.7, q_weight=0.5), random_batch()
+    agent, batch = small_agent(alpha=3.0, nll_weight=0.7, q_weight=0.5), random_batch(dtql)
     draws = agent.draw(5)
     loss, _ = agent.actor_loss(batch, draws)
     weights, biases = linear_layers(agent.actor.layers)
@@ -227,7 +210,7 @@ def gradients(network):
 
 def test_gradients_stay_where_they_belong():
     """No loss computes gradients for a network that it does not train."""
-    agent, batch = small_agent(nll_weight=1.0), random_batch()
+    agent, batch = small_agent(nll_weight=1.0), random_batch(dtql)
     draws = agent.draw(5)
     agent.update_critic(batch)
     assert all(grad is not None for network in (agent.critic, agent.value) for grad in gradients(network))
@@ -252,7 +235,7 @@ def state(agent):
 
 def test_update_is_its_parts_in_order():
     """The actor sees the critics and the denoiser of this very step; the targets follow at the end."""
-    agents, data = [small_agent(batch_size=5) for _ in range(2)], random_batch(50)
+    agents, data = [small_agent(batch_size=5) for _ in range(2)], random_batch(dtql, 50)
     for agent in agents:
         agent.set_step(1000)
     torch.manual_seed(1)
@@ -272,7 +255,7 @@ def test_update_is_its_parts_in_order():
 @pytest.mark.parametrize("value_target", ["online", "target"])
 def test_pretraining(value_target):
     """Denoiser, critics and V learn, nothing else moves; but a target that V learns from does."""
-    agent, data = small_agent(batch_size=5, value_target=value_target), random_batch(50)
+    agent, data = small_agent(batch_size=5, value_target=value_target), random_batch(dtql, 50)
     before = {name: value.clone() for name, value in agent.state_dict().items()}
     agent.set_step(-1)
     metrics = agent.pretrain(data)
@@ -287,7 +270,7 @@ def test_pretraining(value_target):
 @pytest.mark.parametrize("network", ["critic_target", "actor_target"])
 def test_targets_take_no_part_in_training(network):
     """D1 and D2: the target networks could be anything. Only acting uses that of the critics."""
-    agents, data = [small_agent(batch_size=5) for _ in range(2)], random_batch(50)
+    agents, data = [small_agent(batch_size=5) for _ in range(2)], random_batch(dtql, 50)
     for parameter in getattr(agents[1], network).parameters():
         torch.nn.init.normal_(parameter)
     for agent in agents:
@@ -367,7 +350,7 @@ def test_compiled_update_equals_eager():
             for network in agent.children():
                 network.compile()
         torch.manual_seed(1)
-        data = random_batch(50)
+        data = random_batch(dtql, 50)
         for step in range(3):
             agent.set_step(step)
             metrics = agent.update(data)
@@ -386,28 +369,13 @@ def test_settings_of_all_tasks():
             assert settings == dtql.TASK_SETTINGS[name.replace("-v2", "-v0")]
 
 
-def sampled_actions(tmp_path, monkeypatch, **options):
-    """Train on the four corners, then 1000 actions of the policy."""
-    agents = []
-
-    class Recorded(dtql.DTQL):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            agents.append(self)
-
-    monkeypatch.setattr(dtql, "DTQL", Recorded)
-    settings = dict(hidden_dims=(64, 64), batch_size=128, pretrain_steps=500, total_steps=1000)
-    dtql.train(dtql.Args(env_id=TASK, run_dir=str(tmp_path), eval_episodes=0, **settings | options))
-    monkeypatch.undo()
-    torch.manual_seed(0)
-    return agents[0].act(torch.zeros(1000, 1)).numpy()
-
-
 def test_dtql_learns_the_best_mode_of_a_bandit(tmp_path, monkeypatch):
     """The best corner holds a sixth of the data. With Q the policy is there, without Q it is not."""
     best_corner = BANDITS[TASK][-1]
-    actions = sampled_actions(tmp_path, monkeypatch)
+    small = dict(hidden_dims=(64, 64), batch_size=128, pretrain_steps=500, total_steps=1000)
+    actions = sampled_actions(dtql, "DTQL", tmp_path, monkeypatch, **small)
     assert (np.linalg.norm(actions - best_corner, axis=1) < 0.25).mean() > 0.9
 
-    actions = sampled_actions(tmp_path, monkeypatch, q_weight=0.0, num_action_samples=1)
+    cloning = dict(q_weight=0.0, num_action_samples=1)
+    actions = sampled_actions(dtql, "DTQL", tmp_path, monkeypatch, **small, **cloning)
     assert (np.linalg.norm(actions - best_corner, axis=1) < 0.25).mean() < 0.4

@@ -7,7 +7,8 @@ import pytest
 import reference
 import torch
 import tyro
-from test_dac import best_noise, sampled_actions
+from agents import TASK, check_act_by_softmax, random_batch, sampled_actions
+from test_dac import best_noise
 
 import edp_crr
 import edp_iql
@@ -15,31 +16,13 @@ import edp_td3
 from common.datasets import BANDITS, UserError
 
 CPU = torch.device("cpu")
-TASK = "bandit-corners-v0"
 SCRIPTS = {edp_td3: edp_td3.EDPTD3, edp_crr: edp_crr.EDPCRR, edp_iql: edp_iql.EDPIQL}
-
-
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def small_agent(script, **options):
     settings = dict(hidden_dims=(16, 16), diffusion_steps=50, dpm_calls=6)
     torch.manual_seed(0)
     return SCRIPTS[script](4, 2, script.Args(**script.DEFAULT_SETTINGS | settings | options), CPU)
-
-
-def random_batch(script, size=5):
-    return script.Batch(
-        obs=torch.randn(size, 4),
-        action=torch.rand(size, 2) * 2 - 1,
-        reward=torch.randn(size),
-        next_obs=torch.randn(size, 4),
-        terminal=(torch.arange(size) % 2).to(torch.get_default_dtype()),
-    )
 
 
 # --- Diffusion ---
@@ -442,20 +425,8 @@ def test_a_learned_standard_deviation_is_trained():
 @pytest.mark.parametrize("sampler", ["dpm", "ddpm", "ddim"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_act_takes_a_candidate_by_softmax_of_q(script, sampler, monkeypatch):
-    agent, obs = small_agent(script, num_action_samples=7, sampler=sampler), torch.randn(5, 4)
-    noise, seen = torch.randn(agent.noise_steps, 35, 2), []
-
-    def multinomial(probabilities, count):
-        seen.append(probabilities)
-        return torch.tensor([[0], [3], [6], [1], [2]])
-
-    monkeypatch.setattr(torch, "multinomial", multinomial)
-    action = agent.act(obs, noise)
-    with torch.no_grad():
-        candidates = agent.sample(agent.actor, obs.repeat_interleave(7, dim=0), noise).view(5, 7, 2)
-        q = torch.stack([agent.critic(obs, candidates[:, j]).amin(0) for j in range(7)])  # (7, 5)
-    torch.testing.assert_close(seen[0], q.softmax(0).T)
-    torch.testing.assert_close(action, candidates[torch.arange(5), [0, 3, 6, 1, 2]])
+    agent = small_agent(script, num_action_samples=7, sampler=sampler)
+    check_act_by_softmax(agent, agent.critic, torch.randn(agent.noise_steps, 35, 2), monkeypatch)
 
 
 def test_controlled_sampling():

@@ -20,13 +20,6 @@ CPU = torch.device("cpu")
 WEIGHTS = ["qadv", "qcut", "qrelu", "qexpn", "qcut0n", "qcut1n"]
 
 
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def small_agent(**options):
     settings = dict(hidden_dims=(16, 16), diffusion_steps=4, time_dim=8, num_train_samples=5, batch_size=6)
     torch.manual_seed(0)

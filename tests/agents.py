@@ -1,0 +1,50 @@
+"""What the tests of several scripts do with an agent."""
+
+import torch
+
+TASK = "bandit-corners-v0"
+
+
+def random_batch(script, size=5):
+    """Transitions for agents of 4 observations and 2 actions."""
+    return script.Batch(
+        obs=torch.randn(size, 4),
+        action=torch.rand(size, 2) * 2 - 1,
+        reward=torch.randn(size),
+        next_obs=torch.randn(size, 4),
+        terminal=(torch.arange(size) % 2).to(torch.get_default_dtype()),
+    )
+
+
+def sampled_actions(script, agent_name, tmp_path, monkeypatch, **options):
+    """Train an agent on the four corners, then 1000 actions of its policy."""
+    agents, original = [], getattr(script, agent_name)
+
+    class Recorded(original):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            agents.append(self)
+
+    monkeypatch.setattr(script, agent_name, Recorded)
+    args = script.Args(env_id=TASK, run_dir=str(tmp_path), eval_episodes=0, **options)
+    script.train(args)
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    return agents[0].act(torch.zeros(1000, 1)).numpy()
+
+
+def check_act_by_softmax(agent, critic, noise, monkeypatch):
+    """act() draws one of 7 candidates in each of 5 states, by the softmax of the critic's lowest values."""
+    obs, seen = torch.randn(5, 4), []
+
+    def multinomial(probabilities, count):
+        seen.append(probabilities)
+        return torch.tensor([[0], [3], [6], [1], [2]])
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    action = agent.act(obs, noise)
+    with torch.no_grad():
+        candidates = agent.sample(agent.actor, obs.repeat_interleave(7, dim=0), noise).view(5, 7, 2)
+        q = torch.stack([critic(obs, candidates[:, j]).amin(0) for j in range(7)])  # (7, 5)
+    torch.testing.assert_close(seen[0], q.softmax(0).T)
+    torch.testing.assert_close(action, candidates[torch.arange(5), [0, 3, 6, 1, 2]])
