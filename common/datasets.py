@@ -360,18 +360,14 @@ def make_env(
     D4RL's gym tasks run in Gymnasium's v4 environments, which reward as D4RL does; v5 does not. UserError if
     there is no environment, it is not installed or not continuous, or has other sizes than those given.
     """
-    import mujoco
-
     check_task(task)
     family = task.split("-")[0]
     env_id = GYM_ENVS.get(family) if task in D4RL_TASKS else task
     if env_id is None:
         missing = f"evaluation of {task} needs environments that are not part of this version"
         raise UserError(f"{missing}; {advice}")
-    mujoco_warning = mujoco.get_mju_user_warning()
-    try:  # quietly: Gymnasium on v4, MuJoCo (on the screen and in a log file) on v4's models, both deprecated
-        mujoco.set_mju_user_warning(lambda message: None)
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+    try:
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # Gymnasium's, on its v4
             if task in BANDITS:
                 env = Bandit(task)
             elif is_minari_id(task):
@@ -380,8 +376,6 @@ def make_env(
                 env = gymnasium.make(env_id)
     except Exception as error:  # whatever an environment's author may raise, most often a missing package
         raise UserError(f"cannot make the environment of {task}: {error}\n{advice}") from error
-    finally:
-        mujoco.set_mju_user_warning(mujoco_warning)
 
     check_spaces(task, env.observation_space, env.action_space)
     if len(env.observation_space.shape or ()) != 1:  # a Dict has no shape

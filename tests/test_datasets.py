@@ -628,7 +628,7 @@ def test_environment_of_another_size(tmp_path):
 
 
 def test_environments_are_made_silently_and_only_ours(tmp_path):
-    """Also what MuJoCo says about HalfCheetah's model, on the screen and in a file in the working folder."""
+    """Nothing on the screen, no MuJoCo log in the working folder; warnings of other code stay."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import warnings; warnings.simplefilter('always')\n"
@@ -642,7 +642,7 @@ def test_environments_are_made_silently_and_only_ours(tmp_path):
     assert list(tmp_path.iterdir()) == []
     run[-1] += "import gymnasium; gymnasium.make('HalfCheetah-v4')\n"
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "out of date" in done.stderr and "settotalmass" in done.stderr
+    assert "out of date" in done.stderr
 
 
 def test_import_is_light():
