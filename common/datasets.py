@@ -11,6 +11,7 @@ A task is
     Hopper-v4, ...                                  any Gymnasium id, with transitions from elsewhere
 """
 
+import contextlib
 import difflib
 import json
 import os
@@ -28,17 +29,12 @@ import h5py
 import numpy as np
 from gymnasium.spaces import Box, Dict
 
+from common.envs import LOCOMOTION, import_robotics, make_d4rl_env
 from common.scores import reference_returns
 
 DATA = Path(__file__).parent / "data"
 D4RL = json.loads((DATA / "d4rl_tasks.json").read_text())
 D4RL_TASKS = D4RL["tasks"]  # name -> file, horizon, and, where known, bytes and sha256
-GYM_ENVS = {
-    "hopper": "Hopper-v4",
-    "walker2d": "Walker2d-v4",
-    "halfcheetah": "HalfCheetah-v4",
-    "ant": "Ant-v4",
-}
 BUNDLED = "hopper-mini-v0"
 OFFLINE = f"Without a network: {BUNDLED} and bandit-8gaussians-v0, -moons-v0, -corners-v0, -spiral-v0."
 
@@ -95,6 +91,9 @@ def load_dataset(task: str, dataset: str | None = None, seed: int = 0) -> Datase
 
 def check_task(task):
     """UserError, with the nearest names, unless the task is one of those listed at the head of this file."""
+    if task not in (*D4RL_TASKS, *BANDITS, *gymnasium.registry) and not is_minari_id(task):
+        with contextlib.suppress(ImportError):  # which registers more, if it is installed
+            import_robotics()
     known = [*D4RL_TASKS, *BANDITS, *gymnasium.registry]
     if task not in known and not is_minari_id(task):
         nearest = ", ".join(difflib.get_close_matches(task, known, n=5)) or "none"
@@ -342,7 +341,7 @@ class Bandit(gymnasium.Env):
 def make_online_env(task: str) -> gymnasium.Env:
     """A fresh environment to learn in, as make_env() makes it; UserError for names of recorded data, too."""
     if task in D4RL_TASKS or is_minari_id(task):
-        nearest = GYM_ENVS.get(task.split("-")[0], "Hopper-v4")
+        nearest = LOCOMOTION.get(task.split("-")[0], "Hopper-v4")
         raise UserError(
             f"{task} names recorded data; to learn online, name an environment, such as {nearest}"
         )
@@ -353,27 +352,28 @@ def make_env(
     task: str,
     obs_dim: int | None = None,
     action_dim: int | None = None,
+    render_mode: str | None = None,
     advice: str = "--eval-episodes 0 trains without evaluation",
 ) -> gymnasium.Env:
     """A fresh environment: observations (obs_dim,), flattened if need be; actions (action_dim,) in [-1, 1].
 
-    D4RL's gym tasks run in Gymnasium's v4 environments, which reward as D4RL does; v5 does not. UserError if
+    D4RL's tasks run in D4RL's environments, as far as those exist today: see common/envs.py. UserError if
     there is no environment, it is not installed or not continuous, or has other sizes than those given.
     """
     check_task(task)
-    family = task.split("-")[0]
-    env_id = GYM_ENVS.get(family) if task in D4RL_TASKS else task
-    if env_id is None:
-        missing = f"evaluation of {task} needs environments that are not part of this version"
-        raise UserError(f"{missing}; {advice}")
+    rendering = {"render_mode": render_mode} if render_mode else {}
     try:
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # Gymnasium's, on its v4
-            if task in BANDITS:
+            if task in D4RL_TASKS:
+                env = make_d4rl_env(task, D4RL_TASKS[task]["horizon"], **rendering)
+            elif task in BANDITS:
                 env = Bandit(task)
             elif is_minari_id(task):
-                env = use_minari(task, lambda data: data.recover_environment(eval_env=True))
+                with contextlib.suppress(ImportError):  # many of Minari's environments are of that package
+                    import_robotics()
+                env = use_minari(task, lambda data: data).recover_environment(eval_env=True, **rendering)
             else:
-                env = gymnasium.make(env_id)
+                env = gymnasium.make(task, **rendering)
     except Exception as error:  # whatever an environment's author may raise, most often a missing package
         raise UserError(f"cannot make the environment of {task}: {error}\n{advice}") from error
 
@@ -382,9 +382,6 @@ def make_env(
         env = gymnasium.wrappers.FlattenObservation(env)
     if (env.action_space.low != -1).any() or (env.action_space.high != 1).any():
         env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    if family == "ant" and task in D4RL_TASKS:  # v4 leaves out D4RL's 84 contact forces, which are all zero
-        space = Box(-np.inf, np.inf, (111,), np.float64)
-        env = gymnasium.wrappers.TransformObservation(env, lambda values: np.pad(values, (0, 84)), space)
     env_dims = env.observation_space.shape[0], env.action_space.shape[0]
     if env_dims != (obs_dim or env_dims[0], action_dim or env_dims[1]):
         data = f"observations of size {obs_dim} and actions of size {action_dim}"

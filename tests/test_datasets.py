@@ -597,12 +597,9 @@ def test_actions_are_scaled_to_the_environment():
     np.testing.assert_allclose(scaled.step(np.float32([0.5]))[0], plain.step(np.float32([1.0]))[0], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "task", ["antmaze-umaze-v0", "pen-human-v1", "kitchen-partial-v0", "maze2d-umaze-v1"]
-)
-def test_tasks_without_an_environment_still_load(task, tmp_path):
-    data = load_dataset(task, write(tmp_path / "data.hdf5"))
-    with pytest.raises(UserError, match=f"{task} needs environments that are not part.*--eval-episodes 0"):
+def test_tasks_without_an_environment_still_load(tmp_path):
+    data = load_dataset("maze2d-umaze-v1", write(tmp_path / "data.hdf5"))
+    with pytest.raises(UserError, match="environment of maze2d.* are not part of .*\n.*--eval-episodes 0"):
         data.make_env()
 
 
