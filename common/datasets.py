@@ -54,7 +54,7 @@ class Dataset:
     next_observations: np.ndarray  # (N, obs_dim) float32
     terminals: np.ndarray  # (N,) float32, 1 where the environment ended (a timeout is not terminal)
     episode_ends: np.ndarray  # (N,) float32, 1 on the last transition of each episode
-    episode_returns: np.ndarray  # (num complete episodes,) undiscounted, over all rows of the recording
+    episode_returns: np.ndarray  # (num complete episodes,) undiscounted, as an evaluation would count them
     reference_returns: tuple[float, float] | None  # returns that score 0 and 100; None: unknown
     make_env: Callable[[], gymnasium.Env]  # a fresh evaluation env; raises UserError if there is none
 
@@ -190,7 +190,21 @@ def read_d4rl(path, task):
     transitions = observations[keep], actions[keep], rewards[keep], observations[keep + 1], terminals[keep]
     ends = terminals[keep] | timeouts[keep + 1]
     ends[-1] = True
-    return *transitions, ends, sum_by_episode(rewards, terminals | timeouts)
+    return *transitions, ends, evaluated_returns(task, rewards, terminals, timeouts)
+
+
+def evaluated_returns(task, rewards, terminals, timeouts):
+    """The returns (num complete episodes,) that the recorded episodes would have got in an evaluation.
+
+    They count the steps up to the horizon. Two domains were recorded otherwise than they are evaluated: ants
+    go on after they reached the goal, and a step in the kitchen is rewarded for all that is done by then.
+    """
+    family = task.split("-")[0] if task in D4RL_TASKS else None
+    horizon = D4RL_TASKS[task]["horizon"] if family else None
+    ends = timeouts if family == "antmaze" else terminals | timeouts
+    episodes = np.split(rewards.astype(np.float64), np.flatnonzero(ends) + 1)[:-1]
+    count = np.max if family in ("antmaze", "kitchen") else np.sum
+    return np.array([count(episode[:horizon]) for episode in episodes])
 
 
 def cut_at_horizon(terminals, task):

@@ -373,6 +373,13 @@ class Reach(gymnasium.Env):
 gymnasium.register("Reach-v0", entry_point=f"{__name__}:Reach")
 
 
+def stack(observations):
+    """One array of all rows, or a dict of such."""
+    if isinstance(observations[0], dict):
+        return {key: stack([values[key] for values in observations]) for key in observations[0]}
+    return np.stack(observations)
+
+
 def record(dataset_id, env, **metadata):
     """Records three episodes as a local Minari dataset; returns them."""
     episodes = []
@@ -398,21 +405,9 @@ def record(dataset_id, env, **metadata):
         episodes.append(episode)
     buffers = []
     for episode in episodes:
-        observations = episode["observations"]
-        if isinstance(observations[0], dict):
-            observations = {
-                key: np.stack([values[key] for values in observations]) for key in observations[0]
-            }
-        buffers.append(EpisodeBuffer(**{**episode, "observations": observations}))
+        buffers.append(EpisodeBuffer(**{**episode, "observations": stack(episode["observations"])}))
     minari.create_dataset_from_buffers(dataset_id, buffer=buffers, env=env, **metadata)
     return episodes
-
-
-@pytest.fixture
-def minari_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return tmp_path
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
