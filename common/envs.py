@@ -12,6 +12,7 @@ import io
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from unittest import mock
 
 import gymnasium
@@ -103,6 +104,7 @@ class AntMaze(gymnasium.Wrapper):
         env = gymnasium.make("AntMaze_UMaze-v4", maze_map=rows[::-1], continuing_task=False, **options)
         super().__init__(env)
         self.maze = env.unwrapped
+        Path(self.maze.tmp_xml_file_path).unlink(missing_ok=True)  # or one is left for each environment
         self.maze.position_noise_range = 0  # of start and goal; reset() adds D4RL's
         self.maze.ant_env._reset_noise_scale = 0.1  # qpos +- 0.1, qvel with standard deviation 0.1
         model = self.maze.ant_env.model

@@ -625,7 +625,9 @@ def test_environments_are_made_silently_and_only_ours(tmp_path):
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import warnings; warnings.simplefilter('always')\n"
         "from common.datasets import make_env\n"
-        "for task in ('halfcheetah-medium-v2', 'ant-medium-v2', 'Pendulum-v1'):\n"
+        "tasks = ['halfcheetah-medium-v2', 'ant-medium-v2', 'Pendulum-v1', 'Hopper-v5']\n"
+        "tasks += ['antmaze-umaze-v2', 'pen-human-v1', 'hammer-human-v1', 'kitchen-mixed-v0']\n"
+        "for task in tasks:\n"
         "    env = make_env(task); env.reset(seed=0); env.step(env.action_space.sample())\n"
     )
     run = [sys.executable, "-c", code]
