@@ -421,9 +421,8 @@ def check_spaces(name, observations, actions):
 def tune_rewards(data: Dataset, rule: str) -> np.ndarray:
     """The rewards (N,) to train on, by one of the rules of the official codes; scores use the raw rewards.
 
-    Prints what the rule does to them.
-
-    UserError: an unknown rule, or data for which the rule would divide by zero.
+    Prints what the rule does to them. UserError: an unknown rule, or data for which the rule would divide
+    by zero.
     """
     rewards = data.rewards.astype(np.float64)
     rules = {  # rule: what to subtract, then what to divide by

@@ -1,6 +1,7 @@
 """The settings of each task against settings.csv, which was written from the papers and the official codes.
 
-Its env_id * stands for every task that it has of the script; the names and rules of settings are ours.
+Its env_id * stands for every task that it has of the script. Names of settings and of reward rules are ours;
+what the scripts do not have is left out (Diffusion-QL's top_k, the columns of EDP's table that are not read).
 """
 
 import ast
