@@ -55,7 +55,7 @@ class Args:
     gamma: float = 0.99  # discount factor, in [0, 1]
     tau: float | None = None  # step of the target networks towards the online ones, in [0, 1]
     eval_every: int | None = None  # steps between evaluations
-    eval_episodes: int = 10  # episodes per evaluation, run side by side; 0 trains without evaluation
+    eval_episodes: int | None = None  # episodes per evaluation, run side by side; 0 trains without evaluation
     log_every: int = 500  # steps between two points of the loss curves, each the mean over these steps
     save_every: int = 10_000  # steps between checkpoints
     run_dir: str = "runs"  # folder that receives one folder per run
@@ -93,16 +93,16 @@ class Args:
 
 # fmt: off
 DEFAULT_SETTINGS = dict(
-    total_steps=2_000_000, eval_every=10_000, tau=0.005, diffusion_steps=5, hidden_dims=(256, 256, 256),
-    num_qs=10, num_q_samples=10, max_q_backup=False, actor_lr=3e-4, critic_lr=3e-4,
-    eta=1.0, eta_lr=1e-3, bc_threshold=1.0, rho=1.0,
+    total_steps=2_000_000, eval_every=10_000, eval_episodes=10, tau=0.005, diffusion_steps=5,
+    hidden_dims=(256, 256, 256), num_qs=10, num_q_samples=10, max_q_backup=False,
+    actor_lr=3e-4, critic_lr=3e-4, eta=1.0, eta_lr=1e-3, bc_threshold=1.0, rho=1.0,
 )
 # Ours, to learn in minutes on a CPU.
 MINI = dict(total_steps=12_000, eval_every=3_000, tau=0.03, hidden_dims=(128, 128, 128),
             actor_lr=1e-3, critic_lr=1e-3, num_qs=2, num_q_samples=1, eta=0.3, eta_lr=0.0)
 BANDIT = dict(total_steps=1_500, eval_every=500, diffusion_steps=10, hidden_dims=(128, 128, 128),
               actor_lr=3e-3, critic_lr=3e-3, num_qs=2, num_q_samples=1, eta=3.0, eta_lr=0.0)
-# From runs.sh of the official code; the last rows are ours.
+# From runs.sh of the official code, which evaluates on 10 episodes everywhere and has no Adroit or Kitchen.
 TASK_SETTINGS = {
     "walker2d-medium-v2":           dict(eta=1.0, eta_lr=1e-3, bc_threshold=1.00, rho=1.0),
     "walker2d-medium-replay-v2":    dict(eta=1.0, eta_lr=1e-3, bc_threshold=1.00, rho=1.0),
@@ -119,6 +119,10 @@ TASK_SETTINGS = {
     "antmaze-medium-diverse-v0":    dict(eta=0.1, eta_lr=0.0, rho=1.0, max_q_backup=True),
     "antmaze-large-play-v0":        dict(eta=0.1, eta_lr=0.0, rho=1.1, max_q_backup=True, critic_lr=1e-3),
     "antmaze-large-diverse-v0":     dict(eta=0.1, eta_lr=0.0, rho=1.0, max_q_backup=True, critic_lr=1e-3),
+    # Ours: the other tasks of a domain, and our own tasks.
+    "antmaze":                      dict(eta=0.1, eta_lr=0.0, rho=1.0, max_q_backup=True),
+    "adroit":                       dict(eta=1.0, eta_lr=0.0, rho=1.0, eval_episodes=100),
+    "kitchen":                      dict(eta=1.0, eta_lr=0.0, rho=1.0, eval_episodes=100),
     "hopper-mini-v0": MINI,
     "bandit-8gaussians-v0": BANDIT,
     "bandit-moons-v0": BANDIT,

@@ -53,7 +53,7 @@ class Args:
     gamma: float = 0.99  # discount factor, in [0, 1]
     tau: float | None = None  # step of the target networks towards the online ones, in [0, 1]
     eval_every: int | None = None  # steps between evaluations
-    eval_episodes: int = 10  # episodes per evaluation, run side by side; 0 trains without evaluation
+    eval_episodes: int | None = None  # episodes per evaluation, run side by side; 0 trains without evaluation
     log_every: int = 500  # steps between two points of the loss curves, each the mean over these steps
     save_every: int = 10_000  # steps between checkpoints
     run_dir: str = "runs"  # folder that receives one folder per run
@@ -80,19 +80,19 @@ class Args:
 
 # fmt: off
 DEFAULT_SETTINGS = dict(
-    total_steps=2_000_000, eval_every=50_000, tau=0.005, diffusion_steps=5, hidden_dims=(256, 256, 256),
-    eta=1.0, max_q_backup=False, actor_lr=3e-4, critic_lr=3e-4, max_grad_norm=5.0, reward_tune="none",
-    lr_decay=False,
+    total_steps=2_000_000, eval_every=50_000, eval_episodes=10, tau=0.005, diffusion_steps=5,
+    hidden_dims=(256, 256, 256), eta=1.0, max_q_backup=False, actor_lr=3e-4, critic_lr=3e-4,
+    max_grad_norm=5.0, reward_tune="none", lr_decay=False,
 )
 # Ours, to learn in minutes on a CPU.
 MINI = dict(total_steps=12_000, eval_every=3_000, tau=0.03, hidden_dims=(128, 128, 128),
             actor_lr=1e-3, critic_lr=1e-3, eta=1.0, reward_tune="iql_locomotion")
 BANDIT = dict(total_steps=1_000, eval_every=500, lr_decay=True, tau=0.03, hidden_dims=(128, 128, 128),
               actor_lr=3e-3, critic_lr=3e-3, eta=0.3, reward_tune="normalize")
-# From the official code's table, its epochs of 1,000 steps; the last rows are ours.
-ANTMAZE = dict(total_steps=1_000_000, reward_tune="cql_antmaze", max_q_backup=True)
-ADROIT = dict(total_steps=1_000_000, reward_tune="normalize", actor_lr=3e-5)
-KITCHEN = dict(total_steps=1_000_000)
+# From the official code's table, its epochs of 1,000 steps.
+ANTMAZE = dict(total_steps=1_000_000, reward_tune="cql_antmaze", max_q_backup=True, eval_episodes=100)
+ADROIT = dict(total_steps=1_000_000, reward_tune="normalize", actor_lr=3e-5, eval_episodes=100)
+KITCHEN = dict(total_steps=1_000_000, eval_episodes=100)
 TASK_SETTINGS = {
     "halfcheetah-medium-v2":                  dict(eta=1.0,   max_grad_norm=9),
     "hopper-medium-v2":                       dict(eta=1.0,   max_grad_norm=9),
@@ -114,6 +114,10 @@ TASK_SETTINGS = {
     "kitchen-complete-v0":          KITCHEN | dict(eta=0.005, max_grad_norm=9,   total_steps=250_000),
     "kitchen-partial-v0":           KITCHEN | dict(eta=0.005, max_grad_norm=10),
     "kitchen-mixed-v0":             KITCHEN | dict(eta=0.005, max_grad_norm=10),
+    # Ours: the other tasks of a domain, and our own tasks.
+    "antmaze":                      ANTMAZE | dict(eta=2.0),
+    "adroit":                        ADROIT | dict(eta=0.1),
+    "kitchen":                      KITCHEN | dict(eta=0.005),
     "hopper-mini-v0": MINI,
     "bandit-8gaussians-v0": BANDIT,
     "bandit-moons-v0": BANDIT,

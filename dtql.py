@@ -42,7 +42,7 @@ EVAL_SEED = 10_000  # evaluation episodes are seeded EVAL_SEED, EVAL_SEED + 1, .
 class Args:
     """What is left at None takes its value from TASK_SETTINGS, for other tasks from DEFAULT_SETTINGS.
 
-    So do batch_size and eval_episodes where they are not given.
+    So does batch_size where it is not given.
     """
 
     env_id: str = "hopper-mini-v0"  # task: a D4RL name, a Minari id, hopper-mini-v0 or bandit-<pattern>-v0
@@ -56,7 +56,7 @@ class Args:
     gamma: float = 0.99  # discount factor, in [0, 1]
     tau: float | None = None  # step of the target networks towards the online ones, in [0, 1]
     eval_every: int | None = None  # steps between evaluations
-    eval_episodes: int = 10  # episodes per evaluation, run side by side; 0 trains without evaluation
+    eval_episodes: int | None = None  # episodes per evaluation, run side by side; 0 trains without evaluation
     log_every: int = 500  # steps between two points of the loss curves, each the mean over these steps
     save_every: int = 10_000  # steps between checkpoints
     run_dir: str = "runs"  # folder that receives one folder per run
@@ -100,8 +100,10 @@ MINI = dict(total_steps=12_000, pretrain_steps=3_000, eval_every=3_000, tau=0.03
             actor_lr=1e-3, critic_lr=1e-3, alpha=20.0, num_action_samples=64)
 BANDIT = dict(total_steps=1_000, pretrain_steps=600, eval_every=500, tau=0.05, hidden_dims=(128, 128, 128),
               actor_lr=3e-3, critic_lr=3e-3, alpha=0.05, num_action_samples=32)
-# From the hyperparameters of the official code, 1,000 steps an epoch; the last rows are ours.
+# From the hyperparameters of the official code, 1,000 steps an epoch.
 ANTMAZE = dict(batch_size=2048, nll_weight=1.0, expectile=0.9, reward_tune="iql_antmaze", eval_episodes=100)
+ADROIT = dict(alpha=1500.0, eval_episodes=100)
+KITCHEN = dict(lr_decay=True, eval_episodes=100)
 TASK_SETTINGS = {
     "halfcheetah-medium-v2":        dict(actor_lr=3e-4, alpha=1.0, total_steps=1_000_000),
     "halfcheetah-medium-replay-v2": dict(actor_lr=3e-4, alpha=5.0, total_steps=1_000_000),
@@ -119,15 +121,17 @@ TASK_SETTINGS = {
     "antmaze-medium-diverse-v0":    ANTMAZE | dict(actor_lr=3e-4, alpha=1.0, total_steps=400_000),
     "antmaze-large-play-v0":        ANTMAZE | dict(actor_lr=3e-4, alpha=1.0, total_steps=350_000),
     "antmaze-large-diverse-v0":     ANTMAZE | dict(actor_lr=3e-4, alpha=0.5, total_steps=300_000),
-    "pen-human-v1":                 dict(actor_lr=3e-5, alpha=1500.0, lr_decay=True, expectile=0.9,
-                                         total_steps=300_000, eval_episodes=100),
-    "pen-cloned-v1":                dict(actor_lr=1e-5, alpha=1500.0, total_steps=200_000, eval_episodes=100),
-    "kitchen-complete-v0":          dict(actor_lr=1e-4, alpha=200.0, lr_decay=True, total_steps=500_000,
-                                         eval_episodes=100),
-    "kitchen-partial-v0":           dict(actor_lr=1e-4, alpha=100.0, lr_decay=True, total_steps=1_000_000,
-                                         eval_episodes=100),
-    "kitchen-mixed-v0":             dict(actor_lr=3e-4, alpha=200.0, lr_decay=True, total_steps=500_000,
-                                         eval_episodes=100),
+    "pen-human-v1":                 ADROIT | dict(actor_lr=3e-5, lr_decay=True, expectile=0.9,
+                                                  total_steps=300_000),
+    "pen-cloned-v1":                ADROIT | dict(actor_lr=1e-5, total_steps=200_000),
+    "kitchen-complete-v0":          KITCHEN | dict(actor_lr=1e-4, alpha=200.0, total_steps=500_000),
+    "kitchen-partial-v0":           KITCHEN | dict(actor_lr=1e-4, alpha=100.0, total_steps=1_000_000),
+    "kitchen-mixed-v0":             KITCHEN | dict(actor_lr=3e-4, alpha=200.0, total_steps=500_000),
+    # Ours: the other tasks of a domain (as medium-play, pen-human, kitchen-complete), and our own tasks.
+    "antmaze":                      ANTMAZE | dict(actor_lr=3e-4, alpha=1.0, total_steps=400_000),
+    "adroit":                       ADROIT | dict(actor_lr=3e-5, lr_decay=True, expectile=0.9,
+                                                  total_steps=300_000),
+    "kitchen":                      KITCHEN | dict(actor_lr=1e-4, alpha=200.0, total_steps=500_000),
     "hopper-mini-v0": MINI,
     "bandit-8gaussians-v0": BANDIT,
     "bandit-moons-v0": BANDIT,
@@ -135,7 +139,7 @@ TASK_SETTINGS = {
     "bandit-spiral-v0": BANDIT,
 }
 # fmt: on
-for maze in [name for name in TASK_SETTINGS if name.startswith("antmaze")]:  # six tasks each, set alike
+for maze in [name for name in TASK_SETTINGS if name.startswith("antmaze-")]:  # six tasks each, set alike
     TASK_SETTINGS[maze.replace("-v0", "-v2")] = TASK_SETTINGS[maze]
 
 

@@ -54,7 +54,7 @@ class Args:
     gamma: float = 0.99  # discount factor, in [0, 1]
     tau: float | None = None  # step of the target networks towards the online ones, in [0, 1]
     eval_every: int | None = None  # steps between evaluations
-    eval_episodes: int = 10  # episodes per evaluation, run side by side; 0 trains without evaluation
+    eval_episodes: int | None = None  # episodes per evaluation, run side by side; 0 trains without evaluation
     log_every: int = 500  # steps between two points of the loss curves, each the mean over these steps
     save_every: int = 10_000  # steps between checkpoints
     run_dir: str = "runs"  # folder that receives one folder per run
@@ -100,10 +100,10 @@ class Args:
 
 # fmt: off
 DEFAULT_SETTINGS = dict(
-    total_steps=2_000_000, eval_every=10_000, tau=0.005, diffusion_steps=1000, hidden_dims=(256, 256, 256),
-    actor_lr=3e-4, critic_lr=3e-4, max_grad_norm=5.0, reward_tune="none", guidance_weight=1.0,
-    lr_decay=False, likelihood="gaussian", bc_weight=1.0, num_advantage_samples=10, advantage_weight="exp",
-    temperature=1.0,
+    total_steps=2_000_000, eval_every=10_000, eval_episodes=10, tau=0.005, diffusion_steps=1000,
+    hidden_dims=(256, 256, 256), actor_lr=3e-4, critic_lr=3e-4, max_grad_norm=5.0, reward_tune="none",
+    guidance_weight=1.0, lr_decay=False, likelihood="gaussian", bc_weight=1.0, num_advantage_samples=10,
+    advantage_weight="exp", temperature=1.0,
 )
 # Ours, to learn in minutes on a CPU.
 MINI = dict(total_steps=12_000, eval_every=3_000, tau=0.03, hidden_dims=(128, 128, 128),
@@ -112,10 +112,11 @@ BANDIT = dict(total_steps=2_000, eval_every=500, lr_decay=True, tau=0.03, diffus
               hidden_dims=(128, 128, 128), actor_lr=3e-3, critic_lr=3e-3, likelihood="elbo", temperature=0.1,
               advantage_weight="softmax", guidance_weight=500.0, bc_weight=0.3, num_advantage_samples=2)
 # Steps, learning rates and loss weights per domain from the paper's Table 3, gradient limits and reward rules
-# from the official code; the last rows are ours.
-ANTMAZE = dict(total_steps=1_000_000, reward_tune="cql_antmaze")
-ADROIT = dict(total_steps=1_000_000, reward_tune="minmax", guidance_weight=0.1, actor_lr=3e-5, critic_lr=3e-5)
-KITCHEN = dict(total_steps=1_000_000, reward_tune="minmax", guidance_weight=0.005)
+# from the official code.
+ANTMAZE = dict(total_steps=1_000_000, reward_tune="cql_antmaze", eval_episodes=100)
+ADROIT = dict(total_steps=1_000_000, reward_tune="minmax", guidance_weight=0.1, actor_lr=3e-5, critic_lr=3e-5,
+              eval_episodes=100)
+KITCHEN = dict(total_steps=1_000_000, reward_tune="minmax", guidance_weight=0.005, eval_episodes=100)
 TASK_SETTINGS = {
     "halfcheetah-medium-v2":                  dict(max_grad_norm=9),
     "hopper-medium-v2":                       dict(max_grad_norm=9),
@@ -137,6 +138,10 @@ TASK_SETTINGS = {
     "kitchen-complete-v0":          KITCHEN | dict(max_grad_norm=9),
     "kitchen-partial-v0":           KITCHEN | dict(max_grad_norm=10),
     "kitchen-mixed-v0":             KITCHEN | dict(max_grad_norm=10),
+    # Ours: the other tasks of a domain, and our own tasks.
+    "antmaze": ANTMAZE,
+    "adroit": ADROIT,
+    "kitchen": KITCHEN,
     "hopper-mini-v0": MINI,
     "bandit-8gaussians-v0": BANDIT,
     "bandit-moons-v0": BANDIT,

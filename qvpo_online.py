@@ -58,7 +58,7 @@ class Args:
     gamma: float = 0.99  # discount factor, in [0, 1]
     tau: float | None = None  # step of the target networks towards the online ones, in [0, 1]
     eval_every: int | None = None  # steps between evaluations
-    eval_episodes: int = 10  # episodes per evaluation, run side by side; 0 trains without evaluation
+    eval_episodes: int | None = None  # episodes per evaluation, run side by side; 0 trains without evaluation
     log_every: int = 500  # steps between two points of the loss curves, each the mean over these steps
     save_every: int = 10_000  # steps between checkpoints
     run_dir: str = "runs"  # folder that receives one folder per run
@@ -98,8 +98,9 @@ class Args:
 
 # fmt: off
 DEFAULT_SETTINGS = dict(  # of the official code
-    total_steps=1_000_000, tau=0.005, eval_every=10_000, learning_starts=10_000, diffusion_steps=20,
-    hidden_dims=(256, 256, 256), num_behavior_samples=4, num_target_samples=4, num_train_samples=64,
+    total_steps=1_000_000, tau=0.005, eval_every=10_000, eval_episodes=10, learning_starts=10_000,
+    diffusion_steps=20, hidden_dims=(256, 256, 256),
+    num_behavior_samples=4, num_target_samples=4, num_train_samples=64,
     entropy_weight=0.02, entropy_weight_min=0.002, actor_lr=1e-4, critic_lr=3e-4,
 )
 # Ours, to learn in minutes on a CPU.

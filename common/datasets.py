@@ -36,6 +36,9 @@ DATA = Path(__file__).parent / "data"
 D4RL = json.loads((DATA / "d4rl_tasks.json").read_text())
 D4RL_TASKS = D4RL["tasks"]  # name -> file, horizon, and, where known, bytes and sha256
 BUNDLED = "hopper-mini-v0"
+# First word of a D4RL task's name -> the domain of the task, and the version that the papers train on.
+DOMAINS = {"antmaze": ("antmaze", "v0"), "kitchen": ("kitchen", "v0")}
+DOMAINS |= dict.fromkeys(("pen", "door", "hammer", "relocate"), ("adroit", "v1"))
 OFFLINE = f"Without a network: {BUNDLED} and bandit-8gaussians-v0, -moons-v0, -corners-v0, -spiral-v0."
 
 
@@ -105,6 +108,21 @@ def is_minari_id(name):
     """namespace/name-v0, with any number of namespaces; unless a file or a Gymnasium env has that name."""
     has_form = re.fullmatch(r"([-\w]+/)+[-\w]+-v\d+", name)
     return bool(has_form) and not Path(name).is_file() and name not in gymnasium.registry
+
+
+def names_in_tables(task: str) -> list[str]:
+    """What a task may be called in a table of settings, nearest first; only its own name if of no domain.
+
+    antmaze-umaze-v2, antmaze-umaze-v0, antmaze: the name itself, the version of the papers, the domain. For
+    Minari's copy D4RL/antmaze/umaze-v1 the last two are the same. Environments have a domain, too:
+    AntMaze_UMaze-v4 is called antmaze, AdroitHandDoor-v1 adroit, FrankaKitchen-v1 kitchen.
+    """
+    words = re.split("[-/_]", re.sub("^(D4RL/|AdroitHand|Franka)", "", task))  # family, kind and version
+    family = words[0].lower()
+    if family not in DOMAINS:
+        return [task]
+    domain, version = DOMAINS[family]
+    return [task, "-".join([family, *words[1:-1], version]), domain]
 
 
 def d4rl_file(task):
@@ -414,7 +432,8 @@ def check_spaces(name, observations, actions):
 def tune_rewards(data: Dataset, rule: str) -> np.ndarray:
     """The rewards (N,) to train on, by one of the rules of the official codes; scores use the raw rewards.
 
-    UserError: an unknown rule, or data for which the rule would divide by zero.
+    Prints what the rule does to them. UserError: an unknown rule, or data for which the rule would divide
+    by zero.
     """
     rewards = data.rewards.astype(np.float64)
     rules = {  # rule: what to subtract, then what to divide by
@@ -432,4 +451,15 @@ def tune_rewards(data: Dataset, rule: str) -> np.ndarray:
     shift, scale = rules[rule]
     if not scale > 1e-9:
         raise UserError(f"{data.task}: reward rule {rule} is undefined, all returns or rewards are equal")
-    return ((rewards - shift) / scale).astype(np.float32)
+    tuned = ((rewards - shift) / scale).astype(np.float32)
+    if rule == "none":
+        print(f"rewards as recorded: {describe(rewards)}")
+    else:
+        print(f"rewards by {rule}: {describe(rewards)} -> {describe(tuned)}")
+    return tuned
+
+
+def describe(rewards):
+    """Range, mean and sum of rewards (N,), for the screen."""
+    low, high, mean = (f"{value:.4g}" for value in (rewards.min(), rewards.max(), rewards.mean()))
+    return f"[{low}, {high}], mean {mean}, sum {rewards.sum(dtype=np.float64):.4g}"

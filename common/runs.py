@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common.datasets import Dataset, UserError
+from common.datasets import Dataset, UserError, names_in_tables
 from common.scores import normalized_score, reference_returns
 
 # Smallest and largest values that make sense; every num_* is at least 1, too.
@@ -73,15 +73,19 @@ def given_arguments(args) -> dict[str, object]:
 
 
 def resolve_settings(args, defaults: dict, task_settings: dict[str, dict]) -> tuple[object, dict[str, str]]:
-    """Arguments left at None filled in for the task, and where the value of each of them came from."""
-    of_task = task_settings.get(args.env_id, {})
+    """Arguments left at None filled in for the task, and where the value of each of them came from.
+
+    A task without a row of its own gets that of the papers' version of it, or that of its domain.
+    """
+    row = next((name for name in names_in_tables(args.env_id) if name in task_settings), None)
+    of_task, source = task_settings.get(row, {}), "task" if row == args.env_id else f"domain ({row})"
     values, sources = {}, {}
     for name, default in defaults.items():
         values[name] = getattr(args, name)
         sources[name] = "given"
         if values[name] is None:
             values[name] = of_task.get(name, default)
-            sources[name] = "task" if name in of_task else "default"
+            sources[name] = source if name in of_task else "default"
     args = replace(args, **values)
     for name, value in vars(args).items():
         least, most = LEAST.get(name, 1 if name.startswith("num_") else None), MOST.get(name, value)
@@ -276,7 +280,8 @@ class Run:
             print(f"{self.script} on {dataset.task}: {counts}, mean {mean}")
         else:
             print(f"{self.script} in {args.env_id}: learns from its own transitions")
-        for source in ("given", "task", "default"):
+        domains = sorted({source for source in self.sources.values() if source.startswith("domain")})
+        for source in ("given", "task", *domains, "default"):
             names = [name for name in self.sources if self.sources[name] == source]
             if names:
                 print(f"  {source}: {', '.join(f'{name} {getattr(args, name)}' for name in names)}")

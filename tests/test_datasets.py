@@ -677,6 +677,15 @@ def test_reward_rules(rule, expected):
     np.testing.assert_allclose(tuned, expected, rtol=1e-6)
 
 
+def test_what_a_reward_rule_does_is_printed(capsys):
+    data = with_rewards([0, 1, 3, 2], [0, 1, 0, 1])
+    tune_rewards(data, "none")
+    assert capsys.readouterr().out == "rewards as recorded: [0, 3], mean 1.5, sum 6\n"
+    tune_rewards(data, "cql_antmaze")
+    changed = "rewards by cql_antmaze: [0, 3], mean 1.5, sum 6 -> [-2, 10], mean 4, sum 16\n"
+    assert capsys.readouterr().out == changed
+
+
 def test_reward_rules_refuse():
     with pytest.raises(
         UserError, match="unknown reward rule 'no'; choose from none, iql_locomotion, iql_antmaze"

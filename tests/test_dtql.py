@@ -359,16 +359,6 @@ def test_compiled_update_equals_eager():
 
 
 # --- A task that it must learn ---
-def test_settings_of_all_tasks():
-    """26 tasks of the paper; the mazes of -v2 are trained like those of -v0."""
-    ours = [name for name in dtql.TASK_SETTINGS if "mini" in name or "bandit" in name]
-    assert len(dtql.TASK_SETTINGS) - len(ours) == 26
-    for name, settings in dtql.TASK_SETTINGS.items():
-        dtql.Args(**dtql.DEFAULT_SETTINGS | settings)
-        if name.startswith("antmaze"):
-            assert settings == dtql.TASK_SETTINGS[name.replace("-v2", "-v0")]
-
-
 def test_dtql_learns_the_best_mode_of_a_bandit(tmp_path, monkeypatch):
     """The best corner holds a sixth of the data. With Q the policy is there, without Q it is not."""
     best_corner = BANDITS[TASK][-1]

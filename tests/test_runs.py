@@ -665,7 +665,8 @@ def test_screen(tmp_path):
     folder = folder_in(tmp_path)
     final = results_of(folder)["final"]["score"]
     assert (code, err) == (0, "")
-    lines = out.splitlines()
+    rewards, *lines = out.splitlines()
+    assert rewards.startswith("rewards by iql_locomotion: [0, ")
     assert lines[0].startswith("dac on bandit-moons-v0: 10,000 transitions, 10,000 episodes, mean score ")
     assert "num_qs 2" in out
     assert f"rho {resolved()[0].rho}" in out
