@@ -2,7 +2,8 @@
 
     python tools/benchmark.py --scripts dac dtql --env-ids hopper-mini-v0 --seeds 0 1 2 --workers 2
 
-Started again, it goes on where it stopped: finished runs are skipped, interrupted ones resumed. See docs/tools.md.
+Started again, it goes on where it stopped: finished runs are skipped, interrupted ones resumed.
+docs/tools.md explains the rest.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import fcntl
 import hashlib
 import importlib
 import json
+import math
 import os
 import queue
 import re
@@ -56,7 +58,7 @@ PASSED_ON = ["D4RL_DATASET_DIR", "D4RL_MIRROR", "MINARI_DATASETS_PATH", "MUJOCO_
 
 @dataclass
 class Args:
-    """Scripts x tasks x seeds. What stands after -- goes to every script: ... --seeds 0 1 -- --eval-episodes 20"""
+    """Scripts x tasks x seeds; what stands after -- goes to every script: ... --seeds 0 -- --batch-size 64"""
 
     scripts: list[str]  # names of scripts: dac, dtql, ...
     env_ids: list[str]  # tasks
@@ -101,9 +103,7 @@ class Job:
 
 def script_names() -> list[str]:
     """The scripts that can be trained: the top-level files with a function train()."""
-    return sorted(
-        path.stem for path in ROOT.glob("*.py") if re.search(r"^def train\(", path.read_text(), re.M)
-    )
+    return sorted(path.stem for path in ROOT.glob("*.py") if "\ndef train(" in path.read_text())
 
 
 def full_path(dataset: str | None) -> str | None:
@@ -113,7 +113,7 @@ def full_path(dataset: str | None) -> str | None:
 
 
 def plan_job(script: str, env_id: str, seed: int, words: list[str], run_dir: Path) -> Job:
-    """The job with all its settings. UserError, or SystemExit of tyro, for arguments the script does not take."""
+    """The job with all its settings. UserError, or tyro's SystemExit, for what the script does not take."""
     module = importlib.import_module(script)
     arguments = ["--env-id", env_id, "--seed", str(seed), "--run-dir", str(run_dir), *words]
     parsed = tyro.cli(module.Args, args=arguments, prog=f"{script}.py")
@@ -134,24 +134,23 @@ def check_combination(job: Job) -> None:
     A D4RL file that is not there yet is downloaded now, once, rather than by several runs at a time.
     """
     script, env_id, dataset = job.script, job.env_id, job.settings["dataset"]
-    check_task(env_id)
+    online = hasattr(importlib.import_module(script), "make_online_env")
+    recorded = env_id in D4RL_TASKS or is_minari_id(env_id)
     try:
-        if hasattr(importlib.import_module(script), "make_online_env"):
-            if dataset:
-                raise UserError("it learns online and reads no --dataset")
-            if env_id in D4RL_TASKS or is_minari_id(env_id):
-                raise UserError("it learns online and needs an environment, such as Hopper-v4")
-        elif dataset:
-            if not is_minari_id(dataset) and not Path(dataset).is_file():
-                raise UserError(f"no such file: {dataset}; --dataset takes an HDF5 file or a Minari id")
-        elif env_id in D4RL_TASKS:
-            d4rl_file(env_id)
-        elif env_id not in BANDITS and not is_minari_id(env_id):
+        if online and dataset:
+            raise UserError("it learns online and reads no --dataset")
+        if online and recorded:
+            raise UserError("it learns online and needs an environment, such as Hopper-v4")
+        if not online and dataset and not is_minari_id(dataset) and not Path(dataset).is_file():
+            raise UserError(f"no such file: {dataset}; --dataset takes an HDF5 file or a Minari id")
+        if not online and not dataset and not recorded and env_id not in BANDITS:
             raise UserError(
-                "the task has no transitions of its own; name a file or Minari id with -- --dataset"
+                "the task has no transitions of its own; name a file or Minari id by -- --dataset"
             )
         if job.settings["eval_episodes"] > 0 and not is_minari_id(env_id):
             make_env(env_id).close()
+        if not dataset and env_id in D4RL_TASKS:
+            d4rl_file(env_id)
     except UserError as error:
         raise UserError(f"{script} cannot be trained on {env_id}: {error}") from error
 
@@ -240,8 +239,8 @@ def execute(job: Job, environment: dict[str, str], wanted_signal: Callable[[], i
     """Run the job, resuming what is there of it, and return its exit code; 0 if it is finished already.
 
     The log file is locked as long as the script runs, also where it outlives this process or its machine's
-    Ray: nobody then starts the same run a second time beside it. wanted_signal() is the signal that the script
-    is to get, None as long as it is to go on.
+    Ray: nobody then starts the same run a second time beside it. wanted_signal() is the signal that the
+    script is to get, None as long as it is to go on.
     """
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "a") as log:
@@ -315,25 +314,24 @@ class ThisMachine:
 
     def __init__(self, args: Args):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        gpus = torch.cuda.device_count()
+        gpus, share = torch.cuda.device_count(), args.gpus_per_run
         fitting = cores // args.cpus_per_run
-        if args.gpus_per_run:
-            fitting = min(fitting, int(gpus / args.gpus_per_run + 1e-9))
-            if gpus < args.gpus_per_run * (args.workers or 1) - 1e-9:
-                raise UserError(
-                    f"{args.workers or 1} workers with --gpus-per-run {args.gpus_per_run:g}: there are {gpus} GPUs here"
-                )
+        if share:
+            fitting = min(fitting, int(gpus / share + 1e-9))
         workers = args.workers or max(fitting, 1)
+        if workers * share > gpus + 1e-9:
+            found = f"{workers} runs at a time and {gpus} GPUs here"
+            raise UserError(f"--gpus-per-run {share:g} with {found}; give fewer --workers or a smaller share")
         self.about = f"{workers} at a time on {socket.gethostname()}"
-        if workers > fitting:
-            self.about += f"; they share {cores} cores, which slows them down"
-        if gpus and not args.gpus_per_run:
-            self.about += f"; without the {gpus} GPUs (--gpus-per-run)"
+        if workers * args.cpus_per_run > cores:
+            self.about += f", which has {cores} cores: they slow each other down"
+        if gpus and not share:
+            self.about += f", without its {gpus} GPUs (see --gpus-per-run)"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        self.signal, self.gpus = None, queue.SimpleQueue()
+        self.signal, self.gpus = None, queue.SimpleQueue()  # for each worker, which of them its runs see
         for worker in range(workers):
-            first, last = int(worker * args.gpus_per_run), int((worker + 1) * args.gpus_per_run - 1e-9)
-            self.gpus.put(",".join(visible[first : last + 1]) if args.gpus_per_run else "")
+            first, end = int(worker * share + 1e-9), math.ceil((worker + 1) * share - 1e-9)
+            self.gpus.put(",".join(visible[first:end]))
         self.threads = ThreadPoolExecutor(workers)
 
     def submit(self, job: Job, environment: dict[str, str]) -> Future:
@@ -350,7 +348,6 @@ class ThisMachine:
 
     def stop(self) -> None:
         """Tell the runs to save and stop; told twice, they are killed."""
-        self.threads.shutdown(wait=False, cancel_futures=True)
         self.signal = signal.SIGTERM if self.signal is None else signal.SIGKILL
 
 
@@ -363,33 +360,27 @@ class RayCluster:
         except ImportError:
             raise UserError("--ray-address needs Ray: pip install -r requirements-extras.txt") from None
         address = args.ray_address
-        host, _, port = address.rpartition(":")
+        host, _, port = address.removeprefix("ray://").rpartition(":")
         if port.isdigit():
             try:
-                socket.create_connection(
-                    (host.removeprefix("ray://").strip("/[]"), int(port)), timeout=5
-                ).close()
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             except OSError as error:
-                raise UserError(
-                    f"--ray-address {address} does not answer: {error}; is the cluster up?"
-                ) from error
+                raise UserError(f"nothing answers at --ray-address {address}: {error}") from error
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except Exception as error:  # of many kinds
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--ray-address {address}: no Ray cluster there ({reason})") from error
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own
-        self.ray, self.references, self.stopped = ray, [], False
+            raise UserError(f"there is no Ray cluster at --ray-address {address}: {reason}") from error
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self.about = f"on the Ray cluster {address} with {len(nodes)} nodes"
         needed = {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run}
+        self.about = f"on the Ray cluster {address} of {len(nodes)} nodes"
         if not any(all(node.get(name, 0) >= needed[name] for name in needed) for node in nodes):
-            self.about += (
-                f"; none of them has {args.cpus_per_run} CPUs and {args.gpus_per_run:g} GPUs: waiting for one"
-            )
-        resources = dict(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run)
-        # retries are ours, since a run that died must be resumed from its checkpoint
-        self.task = ray.remote(max_retries=0, **resources)(execute)
+            each = " and ".join(f"{count:g} {name}s" for name, count in needed.items())
+            self.about += f"; none of them has {each}, waiting for one"
+        # No retries by Ray: a run that died must be resumed.
+        options = dict(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, max_retries=0)
+        self.ray, self.references, self.stopped = ray, [], False
+        self.task = ray.remote(**options)(execute)
 
     def submit(self, job: Job, environment: dict[str, str]) -> Future:
         """The future exit code of the job."""
@@ -477,7 +468,7 @@ def catch_signals() -> list[int]:
 
 
 def run_all(jobs: list[Job], engine: ThisMachine | RayCluster, args: Args, view: View) -> None:
-    """Make the runs, resume those that died, and count how they end. KeyboardInterrupt once all are stopped."""
+    """Make the runs, resume those that died, count how they end. KeyboardInterrupt once all are stopped."""
     environment = {"OMP_NUM_THREADS": str(args.cpus_per_run), "PYTHONUNBUFFERED": "1"}
     environment |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     received, stops, deaths = catch_signals(), 0, Counter()
