@@ -351,6 +351,17 @@ class ThisMachine:
         self.signal = signal.SIGTERM if self.signal is None else signal.SIGKILL
 
 
+def answers(address: str) -> bool:
+    """Whether a Ray cluster is up at host:port, known within seconds; ray.init() would try for minutes."""
+    host, _, port = address.rpartition(":")
+    words = ["-c", "from ray.scripts.scripts import main; main()", "health-check", "--address", address]
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        return subprocess.run([sys.executable, *words], capture_output=True, timeout=15).returncode == 0
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return False
+
+
 class RayCluster:
     """Runs as tasks of a Ray cluster, whose machines share the folders of the repository and of the runs."""
 
@@ -360,12 +371,9 @@ class RayCluster:
         except ImportError:
             raise UserError("--ray-address needs Ray: pip install -r requirements-extras.txt") from None
         address = args.ray_address
-        host, _, port = address.removeprefix("ray://").rpartition(":")
-        if port.isdigit():
-            try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            except OSError as error:
-                raise UserError(f"nothing answers at --ray-address {address}: {error}") from error
+        if ":" in address and not answers(address):
+            advice = "`ray start --head` shows the address of a cluster"
+            raise UserError(f"no Ray cluster answers at --ray-address {address}; {advice}")
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except Exception as error:  # of many kinds

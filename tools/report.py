@@ -57,7 +57,7 @@ Averages of the last ten over tasks, for algorithms with runs on all tasks of a 
 interquartile mean over tasks x seeds, with a 95 % bootstrap interval that draws the seeds within each task.
 """
 ABOUT_CURVES = """
-Thick: mean over the seeds; shaded: its 95 % bootstrap interval; thin: each seed; dashed: the data's mean episode.
+Thick: mean over the seeds; shaded: its 95 % bootstrap interval; thin: each seed; dashed: the data's mean.
 """
 
 
@@ -96,7 +96,7 @@ class Group:
 
     @property
     def domain(self) -> str:
-        """Where its scores may be averaged with those of other tasks; a task of no domain is one by itself."""
+        """The tasks with which its scores may be averaged; without such tasks, its own task."""
         known = (name for name, start in DOMAINS.items() if self.task.startswith(start))
         own = self.env_id == BUNDLED or self.settings.get("dataset")
         return self.task if own else next(known, self.task)
