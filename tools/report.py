@@ -333,7 +333,7 @@ def write_report(groups: list[Group], problems: list[str], configs: list[dict], 
     lines += [
         f"{count} finished runs of {len(scripts)} scripts on {len(tasks)} tasks in {', '.join(folders)}:"
     ]
-    lines += [f"{seconds / 3600:.2g} hours of training. Made with {'; '.join(versions)}.", ""]
+    lines += [f"{seconds / 3600:.2g} hours of training.", "", f"Versions: {'; '.join(versions)}.", ""]
     lines += ["## Problems", ""]
     lines += [f"- {problem}" for problem in problems] or ["None: every run is finished, no seed is missing."]
     lines += ["", "## Scores", ABOUT_SCORES]
