@@ -69,9 +69,7 @@ class Args:
     cpus_per_run: int = 1  # CPU cores, and threads, of each run
     gpus_per_run: float = 0.0  # GPUs of each run, 0.5: two runs share one; 0: the run sees no GPU
     retries: int = 2  # how often a run that died is resumed
-    ray_address: str | None = (
-        None  # a Ray cluster to run on: host:port, auto, or local for one on this machine
-    )
+    ray_address: str | None = None  # run on this Ray cluster: host:port, or auto on one of its machines
     dry_run: bool = False  # say what there is to do, and start nothing
 
 
