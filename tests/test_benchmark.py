@@ -414,7 +414,7 @@ def test_command(tmp_path):
         ({"scripts": ["qvpo_online"], "env_ids": ["hopper-mini-v0"]}, [],
          "qvpo_online cannot be trained on hopper-mini-v0: .* an environment, such as Hopper-v4"),
         ({"env_ids": ["Hopper-v4"]}, [], "dac cannot be trained on Hopper-v4: .* no transitions of its own"),
-        ({"env_ids": ["antmaze-umaze-v0"]}, [], "trained on antmaze-umaze-v0: .* --eval-episodes 0"),
+        ({"env_ids": ["maze2d-umaze-v1"]}, [], "trained on maze2d-umaze-v1: .* --eval-episodes 0"),
         ({}, ["--dataset", "none.hdf5"], "no such file: none.hdf5"),
         ({}, ["--seed", "4"], "--seed after --: the grid sets it"),
         ({}, ["--resume", "runs/x"], "--resume: interrupted runs of the grid are found"),

@@ -437,8 +437,9 @@ class View:
             f"  {clock(passed)}",
             f", about {clock(passed / now * (self.total - ended))} left" if now else "",
         )
-        bar = ProgressBar(total=self.total, completed=ended, width=60)
-        self.live.update(Group(table, Text(), bar, counts), refresh=True)
+        footer = Table.grid(padding=(0, 2))
+        footer.add_row(ProgressBar(total=self.total, completed=ended, width=20), counts)
+        self.live.update(Group(table, Text(), footer), refresh=True)
 
 
 def final_score(results: dict) -> str:
