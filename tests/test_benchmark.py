@@ -187,6 +187,7 @@ def test_stop_and_go_on(number, counter, capsys):
     out = capsys.readouterr().out
     assert "interrupted with 3 runs to go" in out
     assert len(re.findall(rf"^stopped   counter {TASK} [04] at step \d", out, re.M)) == 2
+    assert 5 not in starts(counter)
     assert "0 finished, 0 failed, 3 stopped, of 3 runs" in out
     steps = [json.loads(path.read_text())["step"] for path in counter.glob("*/results.json")]
     assert len(steps) == 2 and 0 < max(steps) < 20
@@ -414,7 +415,7 @@ def test_command(tmp_path):
         ({"scripts": ["qvpo_online"], "env_ids": ["hopper-mini-v0"]}, [],
          "qvpo_online cannot be trained on hopper-mini-v0: .* an environment, such as Hopper-v4"),
         ({"env_ids": ["Hopper-v4"]}, [], "dac cannot be trained on Hopper-v4: .* no transitions of its own"),
-        ({"env_ids": ["maze2d-umaze-v1"]}, [], "trained on maze2d-umaze-v1: .* --eval-episodes 0"),
+        ({"env_ids": ["maze2d-umaze-v1"]}, [], "trained on maze2d-umaze-v1: "),
         ({}, ["--dataset", "none.hdf5"], "no such file: none.hdf5"),
         ({}, ["--seed", "4"], "--seed after --: the grid sets it"),
         ({}, ["--resume", "runs/x"], "--resume: interrupted runs of the grid are found"),
@@ -426,6 +427,12 @@ def test_mistakes(changes, words, message, tmp_path):
     with pytest.raises(UserError, match=message):
         benchmark.main(Args(**given | changes), words)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_in_the_way_of_the_run_folder(counter):
+    counter.write_text("mine")
+    with pytest.raises(UserError, match=f"cannot write {counter}/logs: .*choose another --run-dir"):
+        run(counter)
 
 
 def test_an_argument_that_one_script_lacks(tmp_path, capsys):

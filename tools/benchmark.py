@@ -22,7 +22,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -49,7 +49,7 @@ from common.datasets import (  # noqa: E402
     is_minari_id,
     make_env,
 )
-from common.runs import given_arguments, resolve_settings, run_command, show  # noqa: E402
+from common.runs import cannot_write, given_arguments, resolve_settings, run_command, show  # noqa: E402
 
 # Where and how a run is made, not what it learns: runs that differ in these alone are the same run.
 WHERE_AND_HOW = {"run_dir", "resume", "device", "compile", "cuda_graph", "log_every", "save_every"}
@@ -205,31 +205,36 @@ def same_run(job: Job, config: dict) -> bool:
     return all(theirs[name] == job.settings[name] for name in theirs.keys() - WHERE_AND_HOW)
 
 
-def look_up(job: Job) -> tuple[str, Path | None, dict, int]:
-    """What the run folder has of the job: (state, folder, results, number of runs with other settings).
+def read_runs(run_dir: Path) -> dict[tuple, list[tuple[Path, dict, dict]]]:
+    """(script, task, seed) -> its runs, each as folder, config.json and results.json, in order of names."""
+    runs = defaultdict(list)
+    for path in sorted(run_dir.glob("*/config.json")):
+        config, results = read_json(path), read_json(path.with_name("results.json"))
+        args = config.get("args", {})
+        script = config.get("script", results.get("script"))  # config.json has not always had it
+        runs[script, args.get("env_id"), args.get("seed")].append((path.parent, config, results))
+    return runs
 
-    The state is finished, interrupted (there is a checkpoint), or new.
+
+def look_up(job: Job, runs: dict | None = None) -> tuple[str, Path | None, dict, int]:
+    """What there is of the job: (state, folder, results, number of its runs with other settings).
+
+    The state is finished, interrupted (there is a checkpoint), or new. runs is what read_runs() found.
     """
-    found, others = [], 0
-    for path in sorted(job.run_dir.glob("*/config.json")):
-        folder, config = path.parent, read_json(path)
-        results = read_json(folder / "results.json")
-        theirs = config.get("args", {})
-        who = config.get("script", results.get("script")), theirs.get("env_id"), theirs.get("seed")
-        if who != (job.script, job.env_id, job.seed):
-            continue
-        if not same_run(job, config):
-            others += 1
-            continue
+    runs = read_runs(job.run_dir) if runs is None else runs
+    theirs = runs.get((job.script, job.env_id, job.seed), [])
+    same = [(folder, results) for folder, config, results in theirs if same_run(job, config)]
+    interrupted = []
+    for folder, results in same:
         step = results.get("step", -1)
         if results.get("finished") and step >= job.settings["total_steps"]:
-            return "finished", folder, results, others
+            return "finished", folder, results, len(theirs) - len(same)
         if (folder / "checkpoint.pt").exists():
-            found.append((step, folder, results))
-    if not found:
-        return "new", None, {}, others
-    _, folder, results = max(found, key=lambda each: each[:2])  # the one that got furthest
-    return "interrupted", folder, results, others
+            interrupted.append((step, folder, results))
+    if not interrupted:
+        return "new", None, {}, len(theirs) - len(same)
+    _, folder, results = max(interrupted, key=lambda each: each[:2])  # the one that got furthest
+    return "interrupted", folder, results, len(theirs) - len(same)
 
 
 # === One run ===
@@ -301,6 +306,8 @@ def progress(job: Job) -> tuple[int, str]:
 
 def last_words(job: Job) -> str:
     """The error message that a run left in its log, or else its last line."""
+    if not job.log.exists():
+        return "it left no log"
     lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines[-20:] if line.startswith("error: ")]
     return (errors or lines or [""])[-1]
@@ -336,6 +343,8 @@ class ThisMachine:
         """The future exit code of the job."""
 
         def run() -> int:
+            if self.signal:
+                return 130
             gpus = self.gpus.get()
             try:
                 return execute(job, environment | {"CUDA_VISIBLE_DEVICES": gpus}, lambda: self.signal)
@@ -460,7 +469,8 @@ def outcome(future: Future) -> tuple[int, str]:
     if future.cancelled():
         return 130, "stopped"
     if error := future.exception():
-        return 1, type(error).__name__
+        of_run = "RayTaskError" in type(error).__name__ or isinstance(error, OSError)
+        return 1, str(error).strip().splitlines()[-1] if of_run else type(error).__name__
     code = future.result()
     return code, f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
@@ -491,6 +501,9 @@ def run_all(jobs: list[Job], engine: ThisMachine | RayCluster, args: Args, view:
         done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
         for future in done:
             job = pending.pop(future)
+            if received and job not in running:
+                view.counts["stopped"] += 1
+                continue
             seconds = time.time() - running.pop(job, time.time())
             (code, what), (state, _, results, _) = outcome(future), look_up(job)
             at = f"at step {results['step']:,}" if "step" in results else "before its first checkpoint"
@@ -528,7 +541,8 @@ def main(args: Args, words: list[str]) -> None:
     if args.ray_address and args.workers:
         raise UserError("--workers is for one machine; on a Ray cluster --cpus-per-run limits the runs")
     jobs = plan_grid(args, words)
-    found = {job: look_up(job) for job in jobs}
+    runs = read_runs(jobs[0].run_dir)
+    found = {job: look_up(job, runs) for job in jobs}
     todo = [job for job in jobs if found[job][0] != "finished"]
     counts = Counter(state for state, *_ in found.values())
     view = View(len(jobs), counts["finished"])
@@ -547,6 +561,10 @@ def main(args: Args, words: list[str]) -> None:
         return
     engine = RayCluster(args) if args.ray_address else ThisMachine(args)
     view.say(engine.about)
+    try:
+        jobs[0].log.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(jobs[0].log.parent, error) from error
     started = time.time()
     try:
         with view.live if view.console.is_terminal else contextlib.nullcontext():
