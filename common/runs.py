@@ -44,8 +44,12 @@ SUMMARY = ("final", "best", "last_ten")
 
 
 def run_command(train: Callable, args: object) -> None:
-    """Run train(args) as a command: exit code 2 with one message for a user's mistake, 130 after Ctrl-C."""
+    """Run train(args) as a command: exit code 2 with one message for a user's mistake, 130 after Ctrl-C.
+
+    SIGTERM, which a cluster sends before it takes a machine away, counts as Ctrl-C.
+    """
     threading.excepthook = report_thread
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         train(args)
     except UserError as error:
@@ -61,9 +65,10 @@ def report_thread(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-def given_arguments(args) -> dict[str, object]:
+def given_arguments(args, command_line: list[str] | None = None) -> dict[str, object]:
     """The arguments that somebody gave: they differ from the default or stand on the command line."""
-    words = {word.split("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv[1:]}
+    command_line = sys.argv[1:] if command_line is None else command_line
+    words = {word.split("=")[0].replace("_", "-").replace("--no-", "--") for word in command_line}
     defaults = vars(type(args)())
     return {
         name: value
@@ -146,15 +151,17 @@ def cuda_graphed(update: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[s
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block is done, so that no update is left half applied."""
+    """Hold Ctrl-C and SIGTERM back until the block is done, so that no update is left half applied."""
     pending = []
-    previous = signal.signal(signal.SIGINT, lambda *received: pending.append(received))
+    numbers = signal.SIGINT, signal.SIGTERM
+    previous = [signal.signal(number, lambda *received: pending.append(received)) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-    if pending:
-        raise KeyboardInterrupt
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
+    for number, _ in pending[:1]:
+        signal.raise_signal(number)  # now it takes the effect that it has outside the block
 
 
 def scored(episode_return: float, reference: tuple[float, float] | None) -> dict[str, float | None]:
@@ -266,14 +273,16 @@ class Run:
             self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
         except OSError as error:
             raise cannot_write(self.folder, error) from error
-        config = {"args": asdict(args), "sources": self.sources, **describe_machine(self.device)}
+        config = {"script": self.script, "args": asdict(args), "sources": self.sources}
+        config |= describe_machine(self.device)
         write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
 
         returns = dataset.episode_returns if dataset else ()
         unknown = {"return": None, "score": None}  # no complete episode
         data = scored(returns.mean().item(), self.reference) if len(returns) else unknown
         about = {"format": 1, "script": self.script, "env_id": args.env_id, "seed": args.seed}
-        self.results = about | {"data": dataset and dataset.task, "data_mean": data} | self.results
+        about |= {"data": dataset and dataset.task, "data_mean": data}
+        self.results = about | self.results | about  # resumed, it may be of another task or seed than before
         if dataset:
             counts = f"{len(dataset.rewards):,} transitions, {len(returns):,} episodes"
             mean = show(data) if len(returns) else "unknown"

@@ -29,7 +29,7 @@ import edp_iql
 import edp_td3
 import qvpo_online
 from common.datasets import Bandit, UserError
-from common.runs import Run, resolve_settings, run_command, summarize
+from common.runs import Run, resolve_settings, run_command, summarize, uninterrupted
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -298,6 +298,22 @@ def test_resume_after_ctrl_c_in_an_evaluation(finished, tmp_path, monkeypatch):
     assert_same_run(folder, finished)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_waits_for_the_end_of_the_block(number):
+    """Then it does what it would have done before."""
+    received, done = [], []
+    previous = signal.signal(number, lambda *_: received.append(len(done)))
+    try:
+        with uninterrupted():
+            signal.raise_signal(number)
+            done.append("block")
+        assert received == [1]
+        signal.raise_signal(number)
+        assert received == [1, 1]
+    finally:
+        signal.signal(number, previous)
+
+
 @pytest.fixture(scope="module")
 def finished_dtql(tmp_path_factory):
     return train(tmp_path_factory.mktemp("finished"), dtql)
@@ -344,8 +360,11 @@ def test_without_pretraining(tmp_path):
 
 def test_given_arguments_win_over_those_of_the_checkpoint(tmp_path):
     folder = train(tmp_path, gamma=0.5, log_every=3)
-    code, *_ = finish(command("--resume", folder, "--total-steps", 70, "--gamma", 0.99))
+    given = ["--total-steps", 70, "--gamma", 0.99, "--seed", 5, "--env-id", "bandit-corners-v0"]
+    code, *_ = finish(command("--resume", folder, *given))
     assert code == 0
+    results, keys = results_of(folder), ("script", "env_id", "data", "seed")
+    assert [results[key] for key in keys] == ["dac", "bandit-corners-v0", "bandit-corners-v0", 5]
     config = json.loads((folder / "config.json").read_text())
     expected = {"total_steps": 70, "gamma": 0.99, "log_every": 3, "hidden_dims": [16, 16]}
     assert {name: config["args"][name] for name in expected} == expected
@@ -393,7 +412,7 @@ def test_config(finished):
     assert config["args"]["num_qs"] == args.num_qs == 2
     assert config["args"]["rho"] == args.rho
     assert config["sources"].items() >= sources.items()
-    assert config["torch"] == torch.__version__
+    assert (config["script"], config["torch"]) == ("dac", torch.__version__)
     assert {"device", "git_commit", "python", "numpy", "gymnasium", "mujoco"} <= config.keys()
 
 
@@ -676,13 +695,14 @@ def test_screen(tmp_path):
     assert lines[-1] == f"  in {folder}"
 
 
-@pytest.mark.parametrize("script", [dac, qvpo_online], ids=lambda script: script.__name__)
-def test_ctrl_c(script, tmp_path):
+@pytest.mark.parametrize(("script", "number"), [(dac, signal.SIGINT), (qvpo_online, signal.SIGTERM)])
+def test_ctrl_c(script, number, tmp_path):
+    """SIGTERM, of a cluster that takes the machine away, is a Ctrl-C."""
     flags = tiny_flags(script, total_steps=100_000, run_dir=tmp_path / "stopped")
     process = command(*flags, script=script)
     while not list(tmp_path.glob("stopped/*/results.json")) and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     code, out, err = finish(process)
     assert (code, err) == (130, "")
     folder = folder_in(tmp_path / "stopped")
