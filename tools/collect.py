@@ -17,6 +17,7 @@ Ctrl-C or by a crash. docs/tools_collect.md says more.
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import pairwise
@@ -82,7 +84,7 @@ class Args:
     medium_fraction: float = 1 / 3  # where medium is, on the way from random (0) to expert (1)
     eval_every: int = 5_000  # steps between evaluations; medium is the policy at one of them
     eval_episodes: int = 10  # episodes per evaluation
-    save_every: int = 50_000  # steps between checkpoints
+    save_every: int = 20_000  # steps between checkpoints
     hidden_dims: tuple[int, ...] = (256, 256)  # hidden units per layer of actor and critics
     learning_rate: float = 3e-4  # of actor, critics and temperature
     batch_size: int = 256  # transitions per gradient step; there is one per environment step
@@ -394,8 +396,11 @@ def write_hdf5(path: Path, episodes: list[Episode], space: spaces.Box, about: di
     write_atomically(path, content.getvalue())
 
 
-def write_minari(dataset_id: str, episodes: list[Episode], env_id: str, about: dict) -> None:
-    """A Minari dataset, complete or not at all: made in a hidden folder beside the others, then moved."""
+def make_minari(folder: str, dataset_id: str, episodes: list[Episode], env_id: str, about: dict) -> None:
+    """A new Minari dataset, in this folder instead of Minari's own; to be called in a process of its own."""
+    os.environ["MINARI_DATASETS_PATH"] = folder
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # HDF5 has pages to say of a full disk
+    warnings.simplefilter("ignore", UserWarning)  # Minari would like to know the author
     spec = gym.spec(env_id)
     with contextlib.closing(gym.make(spec)) as env:
         space = env.observation_space
@@ -415,36 +420,32 @@ def write_minari(dataset_id: str, episodes: list[Episode], env_id: str, about: d
         )
     details = {name: about[name] for name in ("algorithm_name", "description", "requirements")}
     details |= {name: about[name] for name in ("ref_min_score", "ref_max_score")}
+    made = minari.create_dataset_from_buffers(dataset_id, buffers, spec, spec, **details)
+    made.storage.update_metadata({"collected": about})
+
+
+def write_minari(dataset_id: str, episodes: list[Episode], env_id: str, about: dict) -> None:
+    """A Minari dataset, complete or not at all: made in a hidden folder beside the others, then moved.
+
+    The process that makes it is another one, because HDF5 crashes where the disk is full.
+    """
     root, path = get_dataset_path(), get_dataset_path(dataset_id)
+    namespace = path.parent.relative_to(root).as_posix()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".collect-") as temporary:
-            # Minari warns that it knows no author.
-            with minari_root(temporary), warnings.catch_warnings(action="ignore", category=UserWarning):
-                made = minari.create_dataset_from_buffers(dataset_id, buffers, spec, spec, **details)
-                made.storage.update_metadata({"collected": about})
-            if str(path.parent.relative_to(root)) not in list_local_namespaces():
-                create_namespace(str(path.parent.relative_to(root)))
+        with tempfile.TemporaryDirectory(dir=root, prefix=".collect-") as folder:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+                pool.submit(make_minari, folder, dataset_id, episodes, env_id, about).result()
+            if namespace not in list_local_namespaces():
+                create_namespace(namespace)
             if path.exists():
-                path.rename(Path(temporary) / "replaced")
-            (Path(temporary) / dataset_id).rename(path)
-    except (OSError, RuntimeError) as error:  # h5py has both
+                path.rename(Path(folder) / "replaced")
+            (Path(folder) / dataset_id).rename(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: h5py's, and that of a process that crashed
         raise UserError(
-            f"cannot write {path}: {error}\nmake room, then run the same command again"
+            f"cannot write {path}: {str(error).splitlines()[0]}\nIs the disk full? Make room, then run the same command again; "
+            "what is recorded so far is kept."
         ) from error
-
-
-@contextlib.contextmanager
-def minari_root(folder: str) -> Iterator[None]:
-    """Have Minari use this folder for all its datasets."""
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = folder
-    try:
-        yield
-    finally:
-        del os.environ["MINARI_DATASETS_PATH"]
-        if before is not None:
-            os.environ["MINARI_DATASETS_PATH"] = before
 
 
 def unflatten_rows(space: spaces.Space, rows: np.ndarray) -> np.ndarray | dict:
