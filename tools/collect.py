@@ -15,6 +15,7 @@ Ctrl-C or by a crash. docs/tools_collect.md says more.
 """
 
 import contextlib
+import faulthandler
 import io
 import json
 import multiprocessing
@@ -399,7 +400,8 @@ def write_hdf5(path: Path, episodes: list[Episode], space: spaces.Box, about: di
 def make_minari(folder: str, dataset_id: str, episodes: list[Episode], env_id: str, about: dict) -> None:
     """A new Minari dataset, in this folder instead of Minari's own; to be called in a process of its own."""
     os.environ["MINARI_DATASETS_PATH"] = folder
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # HDF5 has pages to say of a full disk
+    faulthandler.disable()  # on a full disk HDF5 crashes, and has pages to say before
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     warnings.simplefilter("ignore", UserWarning)  # Minari would like to know the author
     spec = gym.spec(env_id)
     with contextlib.closing(gym.make(spec)) as env:
@@ -443,8 +445,8 @@ def write_minari(dataset_id: str, episodes: list[Episode], env_id: str, about: d
             (Path(folder) / dataset_id).rename(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: h5py's, and that of a process that crashed
         raise UserError(
-            f"cannot write {path}: {str(error).splitlines()[0]}\nIs the disk full? Make room, then run the same command again; "
-            "what is recorded so far is kept."
+            f"cannot write {path}: {str(error).splitlines()[0]}\n"
+            "Is the disk full? Make room, then run the same command again; what is recorded so far is kept."
         ) from error
 
 

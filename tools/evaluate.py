@@ -20,6 +20,7 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 import tyro
+from imageio_ffmpeg import count_frames_and_secs
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +30,8 @@ from common.datasets import UserError, make_env, task_reference  # noqa: E402
 from common.runs import load_checkpoint, resolve_settings, run_command, select_device  # noqa: E402
 from common.scores import normalized_score  # noqa: E402
 from tools.speed import agent_class, load_script, seconds_for, warm_up  # noqa: E402
+
+TIMED = 1.0  # seconds for which act() is timed
 
 
 @dataclass
@@ -76,8 +79,12 @@ def describe(values: np.ndarray) -> str:
 def act_milliseconds(agent: nn.Module, obs_dim: int, batch: int) -> float:
     """How long act() takes for so many states, from and to the host."""
     obs = torch.zeros(batch, obs_dim)
-    count = warm_up(lambda: agent.act(obs.to(agent.device)).cpu(), seconds=1)
-    return 1000 * seconds_for(lambda: agent.act(obs.to(agent.device)).cpu(), count) / count
+
+    def act() -> None:
+        agent.act(obs.to(agent.device)).cpu()
+
+    count = warm_up(act, TIMED)
+    return 1000 * seconds_for(act, count) / count
 
 
 # --- Video ---
@@ -86,10 +93,11 @@ class Filmed(gym.Wrapper):
 
     def __init__(self, env: gym.Env, video):
         super().__init__(env)
-        self.video = video
+        self.video, self.frames = video, 0
 
     def step(self, action):
         self.video.append_data(self.render())
+        self.frames += 1
         return self.env.step(action)
 
 
@@ -119,17 +127,21 @@ def film(path: Path, script: ModuleType, agent: nn.Module, env: gym.Env) -> dict
     part = path.with_name(f".{path.stem}.part.mp4")
     try:
         with imageio.get_writer(part, fps=env.metadata.get("render_fps", 30), macro_block_size=2) as video:
-            evaluation = script.evaluate(agent, [Filmed(env, video)])
+            filmed = Filmed(env, video)
+            evaluation = script.evaluate(agent, [filmed])
+        if count_frames_and_secs(part)[0] != filmed.frames:
+            raise OSError("the file is incomplete")
         part.replace(path)
-    except OSError as error:
-        raise UserError(f"--video: cannot write {path}: {error}") from error
+    except (OSError, RuntimeError) as error:  # of a full disk, in writing or in counting
+        raise UserError(f"--video: cannot write {path}: {str(error).splitlines()[0]}") from error
     finally:
         part.unlink(missing_ok=True)
     return evaluation
 
 
 # --- The command ---
-def main(args: Args) -> None:
+def main(args: Args) -> dict:
+    """Score, time and film; returns the script's evaluation."""
     if args.episodes < 1:
         raise UserError(f"--episodes is {args.episodes}; it must be at least 1")
     if args.video and (args.video.suffix != ".mp4" or not args.video.parent.is_dir()):
@@ -161,6 +173,7 @@ def main(args: Args) -> None:
             f"video   {args.video}: {episode['length_mean']:.0f} frames, return {episode['return_mean']:.5g}"
         )
         rendered.close()
+    return evaluation
 
 
 if __name__ == "__main__":
