@@ -164,6 +164,29 @@ def test_choice_of_medium(scores, fraction, step):
     assert training.medium(-50, 150)[0] == step
 
 
+def test_the_best_policy_as_the_expert(run, tmp_path, monkeypatch, capsys):
+    """It is recorded instead of the one at the end, which is said to be worse."""
+
+    def evaluate(training, env):
+        training.actors[training.step] = {
+            name: tensor.clone() for name, tensor in training.model.actor.state_dict().items()
+        }
+        returns = {30: 0.0, 60: 20.0, 90: 50.0, 120: 10.0}
+        training.evaluations.append({"step": training.step, "return_mean": returns[training.step]})
+
+    monkeypatch.setattr(collect.Training, "evaluate", evaluate)
+    run(kinds=("expert",))
+    assert "the policy of step 90 was better; --expert best takes that one" in capsys.readouterr().out
+    with pytest.raises(UserError, match="local/line/expert-v0 exists, made in another way"):
+        run(kinds=("expert",), expert="best")
+    run(kinds=("expert",), expert="best", overwrite=True)
+    about = minari.load_dataset("local/line/expert-v0").storage.metadata
+    assert about["description"] == "SAC's policy after 90 steps, stochastic."
+    assert [path.name for path in sorted((tmp_path / "runs/collect__line__0").glob("expert-*"))] == [
+        "expert-120", "expert-90",
+    ]  # fmt: skip
+
+
 def test_what_the_dataset_says_of_itself(datasets):
     about = datasets["expert"].storage.metadata
     assert about["collected"]["arguments"]["seed"] == 0
@@ -457,7 +480,9 @@ def test_datasets_of_somebody_else(run, tmp_path):
 def test_a_training_that_has_not_learned(run, monkeypatch):
     """The return that scores 100 would be that which scores 0."""
     monkeypatch.setattr(collect, "mean_return", lambda episodes: 1.0)
-    with pytest.raises(UserError, match="is no better than a random one, .* a larger --total-steps goes on"):
+    with pytest.raises(
+        UserError, match="is no better than a random policy, .* a larger --total-steps goes on"
+    ):
         run(total_steps=30)
 
 

@@ -42,7 +42,7 @@ def run_of(script, folder, env_id="Line-v0"):
     if script is qvpo_online:
         return train(folder / "runs", script, env_id=env_id, **TINY)
     random = np.random.default_rng(0)
-    sizes = {"Line-v0": (2, 1), "Hopper-v5": (11, 3)}[env_id]
+    sizes = {"Line-v0": (2, 1), "InvertedPendulum-v5": (4, 1)}[env_id]
     data = write(
         folder / "data.hdf5",
         observations=random.normal(size=(50, sizes[0])),
@@ -124,14 +124,16 @@ def test_video(finished, tmp_path):
 
 def test_video_of_mujoco(tmp_path):
     """Without a screen; skipped where there is no OpenGL, which the message must say then."""
-    folder = run_of(dac, tmp_path, "Hopper-v5")
-    path = tmp_path / "hopper.mp4"
+    folder = run_of(dac, tmp_path, "InvertedPendulum-v5")
+    path = tmp_path / "pendulum.mp4"
     environ = {name: value for name, value in os.environ.items() if "DISPLAY" not in name}
     words = [sys.executable, evaluate.__file__, str(folder), "--episodes", "1", "--video", str(path)]
     done = subprocess.run(words, env=environ, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     if done.returncode == 2:
-        assert re.match(r"error: --video: Hopper-v5 cannot be drawn here: .*\nMuJoCo needs", done.stderr)
+        assert re.match(
+            r"error: --video: InvertedPendulum-v5 cannot be drawn here: .*\nMuJoCo needs", done.stderr
+        )
         assert not path.exists()
         pytest.skip(f"no OpenGL here: {done.stderr.splitlines()[0]}")
     assert (done.returncode, done.stderr) == (0, "")

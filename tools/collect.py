@@ -8,7 +8,7 @@ Trains SAC, then records
     random          uniformly drawn actions
     medium          the policy when it was about a third of the way from random to expert
     medium-replay   all that SAC did until then, its replay buffer
-    expert          the policy at the end of the training
+    expert          the policy at the end of the training, or with --expert best the best one before
     medium-expert   medium and expert, one after the other
 Policies are recorded as they are, stochastic. The same command goes on where an earlier one was stopped, by
 Ctrl-C or by a crash. docs/tools_collect.md says more.
@@ -32,6 +32,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -81,7 +82,8 @@ class Args:
     run_dir: str = "runs"  # folder that receives a folder with all that is needed to go on
 
     # --- SAC ---
-    total_steps: int = 300_000  # environment steps of the training; its end is the expert
+    total_steps: int = 300_000  # environment steps of the training
+    expert: Literal["final", "best"] = "final"  # the policy at the end, or the one that was evaluated best
     medium_fraction: float = 1 / 3  # where medium is, on the way from random (0) to expert (1)
     eval_every: int = 5_000  # steps between evaluations; medium is the policy at one of them
     eval_episodes: int = 10  # episodes per evaluation
@@ -495,7 +497,8 @@ def collect(args: Args) -> None:
     for kind in args.kinds:
         targets[kind] = f"local/{name}/{kind}-v0" if args.hdf5 is None else f"{args.hdf5}/{name}-{kind}.hdf5"
         made[kind] = {"training": training.id, "total_steps": args.total_steps, "episodes": args.episodes}
-        made[kind] |= {"transitions": args.transitions, "medium_fraction": args.medium_fraction}
+        made[kind] |= {"transitions": args.transitions, "expert": args.expert}
+        made[kind]["medium_fraction"] = args.medium_fraction
         if made_by(targets[kind], bool(args.hdf5)) not in (None, made[kind]) and not args.overwrite:
             raise UserError(
                 f"{targets[kind]} exists, made in another way; --overwrite replaces it, --name gives the new "
@@ -514,13 +517,18 @@ def collect(args: Args) -> None:
     def sac(step: int) -> Callable:
         return policy(training.model, training.actors[step])
 
-    last = args.total_steps
+    final, best = training.evaluations[-1], max(training.evaluations, key=itemgetter("return_mean"))
+    expert = (final if args.expert == "final" else best)["step"]
+    if args.expert == "final" and best["return_mean"] > final["return_mean"] + 0.1 * abs(
+        final["return_mean"]
+    ):
+        print(f"the policy of step {best['step']:,} was better; --expert best takes that one for the expert")
     sets = {"random": record(eval_env, uniform, "random", folder / "random", args)}
-    sets["expert"] = record(eval_env, sac(last), "expert", folder / f"expert-{last}", args)
+    sets["expert"] = record(eval_env, sac(expert), "expert", folder / f"expert-{expert}", args)
     low, high = reference = mean_return(sets["random"]), mean_return(sets["expert"])
     if high <= low:
         raise UserError(
-            f"the policy at the end, with return {high:.5g}, is no better than a random one, with {low:.5g}; "
+            f"the expert, with return {high:.5g}, is no better than a random policy, with {low:.5g}; "
             "a larger --total-steps goes on from there"
         )
     medium, score = training.medium(*reference)
@@ -537,8 +545,8 @@ def collect(args: Args) -> None:
         "random": "Uniformly drawn actions.",
         "medium": f"SAC's policy after {medium} steps, stochastic.",
         "medium-replay": f"All that SAC did in its first {medium} steps: its replay buffer.",
-        "expert": f"SAC's policy after {last} steps, stochastic.",
-        "medium-expert": f"SAC's policy after {medium} steps, then that after {last}, both stochastic.",
+        "expert": f"SAC's policy after {expert} steps, stochastic.",
+        "medium-expert": f"SAC's policy after {medium} steps, then that after {expert}, both stochastic.",
     }
     packages = ("gymnasium", "mujoco", "stable-baselines3", "torch", "numpy")
     for kind in args.kinds:

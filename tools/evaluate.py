@@ -22,6 +22,7 @@ import torch
 import tyro
 from imageio_ffmpeg import count_frames_and_secs
 from torch import nn
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -94,10 +95,12 @@ class Filmed(gym.Wrapper):
     def __init__(self, env: gym.Env, video):
         super().__init__(env)
         self.video, self.frames = video, 0
+        self.bar = tqdm(desc="video", unit=" frames", dynamic_ncols=True, disable=None, leave=False)
 
     def step(self, action):
         self.video.append_data(self.render())
         self.frames += 1
+        self.bar.update()
         return self.env.step(action)
 
 
@@ -129,6 +132,7 @@ def film(path: Path, script: ModuleType, agent: nn.Module, env: gym.Env) -> dict
         with imageio.get_writer(part, fps=env.metadata.get("render_fps", 30), macro_block_size=2) as video:
             filmed = Filmed(env, video)
             evaluation = script.evaluate(agent, [filmed])
+            filmed.bar.close()
         if count_frames_and_secs(part)[0] != filmed.frames:
             raise OSError("the file is incomplete")
         part.replace(path)
