@@ -246,7 +246,7 @@ def test_observations_in_a_dict(run):
 def test_screen(run, tmp_path, capsys):
     run(kinds=("medium", "expert"))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "SAC in Line-v0, 120 steps; then medium, expert, 6 episodes per policy"
+    assert lines[0] == "SAC in Line-v0 for 120 steps, then 6 episodes per policy: medium, expert"
     assert [line.split(":")[0] for line in lines if line.startswith("step")] == [
         f"step {step}" for step in (30, 60, 90, 120)
     ]
@@ -479,7 +479,7 @@ def test_datasets_of_somebody_else(run, tmp_path):
 
 def test_a_training_that_has_not_learned(run, monkeypatch):
     """The return that scores 100 would be that which scores 0."""
-    monkeypatch.setattr(collect, "mean_return", lambda episodes: 1.0)
+    monkeypatch.setattr(collect, "returns_of", lambda episodes: np.ones(6))
     with pytest.raises(
         UserError, match="is no better than a random policy, .* a larger --total-steps goes on"
     ):

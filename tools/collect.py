@@ -63,6 +63,8 @@ EVAL_SEED = 10_000  # evaluation episodes are seeded EVAL_SEED, EVAL_SEED + 1, .
 PART_SIZE = 10_000  # transitions that are recorded before they are written
 TRAINING = "env_id seed eval_every eval_episodes hidden_dims learning_rate batch_size gamma"
 TRAINING = (*TRAINING.split(), "learning_starts")  # arguments that a training keeps to its end
+RECORDING = ("total_steps", "transitions", "episodes", "expert", "medium_fraction")
+PACKAGES = ("gymnasium", "mujoco", "stable-baselines3", "torch", "numpy")
 BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 
@@ -478,69 +480,42 @@ def made_by(name: str, hdf5: bool) -> dict | None:
 
 
 # --- The command ---
-def collect(args: Args) -> None:
-    """Train, record, write; what an earlier command of the same arguments has done is not done again."""
-    check_arguments(args)
-    env, eval_env = make(args.env_id), make(args.env_id)
-    name = args.name or re.sub(r"-v\d+$", "", args.env_id).lower().replace("/", "-")
-    if not re.fullmatch(r"[-\w]+", name):
-        raise UserError(f"--name is {name!r}; it must be of letters, digits, - and _")
-    folder = Path(args.run_dir) / f"collect__{name}__{args.seed}"
-    for path in (folder, Path(args.hdf5 or folder)):
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from error
+def names_of(args: Args, name: str) -> dict[str, str]:
+    """By kind, what its dataset is called: a Minari id, or the path of a file."""
+    if args.hdf5 is None:
+        return {kind: f"local/{name}/{kind}-v0" for kind in args.kinds}
+    return {kind: f"{args.hdf5}/{name}-{kind}.hdf5" for kind in args.kinds}
 
-    training = Training(args, env, folder)
-    targets, made = {}, {}  # by kind: the dataset's name, and what tells that it is the one of this command
-    for kind in args.kinds:
-        targets[kind] = f"local/{name}/{kind}-v0" if args.hdf5 is None else f"{args.hdf5}/{name}-{kind}.hdf5"
-        made[kind] = {"training": training.id, "total_steps": args.total_steps, "episodes": args.episodes}
-        made[kind] |= {"transitions": args.transitions, "expert": args.expert}
-        made[kind]["medium_fraction"] = args.medium_fraction
-        if made_by(targets[kind], bool(args.hdf5)) not in (None, made[kind]) and not args.overwrite:
-            raise UserError(
-                f"{targets[kind]} exists, made in another way; --overwrite replaces it, --name gives the new "
-                "ones another name"
-            )
-    size = f"{args.episodes:,} episodes" if args.episodes else f"{args.transitions:,} transitions"
-    print(
-        f"SAC in {args.env_id}, {args.total_steps:,} steps; then {', '.join(args.kinds)}, {size} per policy"
-    )
-    print(f"  {training.model.device}, seed {args.seed}, step {training.step:,}, {folder}")
-    training.run(eval_env)
 
-    def uniform(observation: np.ndarray) -> np.ndarray:
-        return eval_env.action_space.sample()
+def record_all(training: Training, env: gym.Env, args: Args) -> tuple[dict, dict, tuple[float, float]]:
+    """The episodes of each kind, a sentence on each, and the returns that score 0 and 100."""
+    folder = training.path.parent
 
     def sac(step: int) -> Callable:
         return policy(training.model, training.actors[step])
 
-    final, best = training.evaluations[-1], max(training.evaluations, key=itemgetter("return_mean"))
-    expert = (final if args.expert == "final" else best)["step"]
-    if args.expert == "final" and best["return_mean"] > final["return_mean"] + 0.1 * abs(
-        final["return_mean"]
-    ):
+    last, best = training.evaluations[-1], max(training.evaluations, key=itemgetter("return_mean"))
+    margin = 0.1 * abs(last["return_mean"])
+    if args.expert == "final" and best["return_mean"] > last["return_mean"] + margin:
         print(f"the policy of step {best['step']:,} was better; --expert best takes that one for the expert")
-    sets = {"random": record(eval_env, uniform, "random", folder / "random", args)}
-    sets["expert"] = record(eval_env, sac(expert), "expert", folder / f"expert-{expert}", args)
-    low, high = reference = mean_return(sets["random"]), mean_return(sets["expert"])
+    expert = (last if args.expert == "final" else best)["step"]
+    sets = {"random": record(env, lambda _: env.action_space.sample(), "random", folder / "random", args)}
+    sets["expert"] = record(env, sac(expert), "expert", folder / f"expert-{expert}", args)
+    low, high = (float(returns_of(sets[kind]).mean()) for kind in ("random", "expert"))
     if high <= low:
         raise UserError(
             f"the expert, with return {high:.5g}, is no better than a random policy, with {low:.5g}; "
             "a larger --total-steps goes on from there"
         )
-    medium, score = training.medium(*reference)
+    medium, score = training.medium(low, high)
     if any("medium" in kind for kind in args.kinds):
         print(f"medium is the policy of step {medium:,}, with score {100 * score:.1f} when it was evaluated")
         if abs(score - args.medium_fraction) > 0.15:
             print("  none was nearer: a smaller --eval-every leaves more to choose from")
     if {"medium", "medium-expert"} & set(args.kinds):
-        sets["medium"] = record(eval_env, sac(medium), "medium", folder / f"medium-{medium}", args)
+        sets["medium"] = record(env, sac(medium), "medium", folder / f"medium-{medium}", args)
         sets["medium-expert"] = sets["medium"] + sets["expert"]
     sets["medium-replay"] = training.replay(medium)
-
     explained = {
         "random": "Uniformly drawn actions.",
         "medium": f"SAC's policy after {medium} steps, stochastic.",
@@ -548,45 +523,78 @@ def collect(args: Args) -> None:
         "expert": f"SAC's policy after {expert} steps, stochastic.",
         "medium-expert": f"SAC's policy after {medium} steps, then that after {expert}, both stochastic.",
     }
-    packages = ("gymnasium", "mujoco", "stable-baselines3", "torch", "numpy")
-    for kind in args.kinds:
-        if made_by(targets[kind], bool(args.hdf5)) == made[kind]:
-            print(f"{targets[kind]} is there already")
+    return sets, explained, (low, high)
+
+
+def returns_of(episodes: list[Episode]) -> np.ndarray:
+    return np.array([each.rewards.sum() for each in episodes])
+
+
+def show(names: dict[str, str], sets: dict[str, list[Episode]], reference: tuple[float, float]) -> None:
+    """A table of the datasets."""
+    width = max(map(len, names.values()))
+    print(f"{'':{width}}  episodes  transitions  return               normalized score")
+    for kind, name in names.items():
+        returns, transitions = returns_of(sets[kind]), sum(len(each.rewards) for each in sets[kind])
+        spread = f"{returns.mean():.5g} +- {returns.std():.4g}"
+        score = normalized_score(returns.mean(), reference)
+        print(f"{name:{width}}  {len(returns):8,}  {transitions:11,}  {spread:19}  {score:16.1f}")
+
+
+def collect(args: Args) -> None:
+    """Train, record, write; what an earlier command of the same arguments has done is not done again."""
+    check_arguments(args)
+    env, eval_env = make(args.env_id), make(args.env_id)
+    name = args.name or re.sub(r"-v\d+$", "", args.env_id).lower().replace("/", "-")
+    if not re.fullmatch(r"[-\w]+", name):
+        raise UserError(f"--name is {name!r}; it must be of letters, digits, - and _")
+    folder, names = Path(args.run_dir) / f"collect__{name}__{args.seed}", names_of(args, name)
+    for path in (folder, Path(args.hdf5 or folder)):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from error
+
+    training = Training(args, env, folder)
+    made = {field: getattr(args, field) for field in RECORDING} | {"training": training.id}
+    found = {kind: made_by(name, args.hdf5 is not None) for kind, name in names.items()}
+    for kind in names:
+        if found[kind] not in (None, made) and not args.overwrite:
+            raise UserError(
+                f"{names[kind]} exists, made in another way; --overwrite replaces it, --name gives the new "
+                "ones another name"
+            )
+    size = f"{args.episodes:,} episodes" if args.episodes else f"{args.transitions:,} transitions"
+    print(f"SAC in {args.env_id} for {args.total_steps:,} steps, then {size} per policy: {', '.join(names)}")
+    print(f"  {training.model.device}, seed {args.seed}, step {training.step:,}, {folder}")
+    training.run(eval_env)
+    sets, explained, reference = record_all(training, eval_env, args)
+
+    for kind in names:
+        if found[kind] == made:
+            print(f"{names[kind]} is there already")
             continue
         about = {
             "env_id": args.env_id,
             "algorithm_name": "uniform" if kind == "random" else "SAC, stable-baselines3",
             "description": explained[kind],
-            "ref_min_score": low,
-            "ref_max_score": high,
-            "requirements": [f"{package}=={metadata.version(package)}" for package in packages],
+            "ref_min_score": reference[0],
+            "ref_max_score": reference[1],
+            "requirements": [f"{package}=={metadata.version(package)}" for package in PACKAGES],
             "arguments": asdict(args),
-            "made_by": made[kind],
+            "made_by": made,
         }
         if args.hdf5 is None:
-            write_minari(targets[kind], sets[kind], args.env_id, about)
+            write_minari(names[kind], sets[kind], args.env_id, about)
         else:
-            write_hdf5(Path(targets[kind]), sets[kind], env.action_space, about)
+            write_hdf5(Path(names[kind]), sets[kind], env.action_space, about)
         stop_if_asked()
 
-    width = max(map(len, targets.values()))
-    print(f"{'':{width}}  episodes  transitions  return               normalized score")
-    for kind in args.kinds:
-        returns = np.array([each.rewards.sum() for each in sets[kind]])
-        size, spread = (
-            sum(len(each.rewards) for each in sets[kind]),
-            f"{returns.mean():.5g} +- {returns.std():.4g}",
-        )
-        score = normalized_score(returns.mean(), reference)
-        print(f"{targets[kind]:{width}}  {len(returns):8,}  {size:11,}  {spread:19}  {score:16.1f}")
-    example = targets.get("medium", targets[args.kinds[0]])
+    show(names, sets, reference)
+    example = names.get("medium", next(iter(names.values())))
     words = example if args.hdf5 is None else f"{args.env_id} --dataset {example}"
     print(f"train on one with: python dac.py --env-id {words}")
     print(f"{folder} has what is needed to train longer or make more kinds; delete it when you are done")
-
-
-def mean_return(episodes: list[Episode]) -> float:
-    return float(np.mean([each.rewards.sum() for each in episodes]))
 
 
 def main(args: Args) -> None:
