@@ -3,11 +3,14 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import minari
 import numpy as np
 import pytest
 import torch
+import tyro
 
 import dac
 from common.datasets import UserError, load_dataset
@@ -495,3 +499,45 @@ def test_a_damaged_recording(run, tmp_path):
     (tmp_path / "runs/collect__line__0/checkpoint.pt").write_bytes(b"x")
     with pytest.raises(UserError, match="checkpoint.pt is no checkpoint, or a damaged one"):
         run(kinds=("expert",))
+
+
+# --- Data of one's own ---
+def recipe(first_line):
+    """The code in the README that begins with this line."""
+    text = (ROOT / "README.md").read_text()
+    start = text.index(f"    {first_line}\n")
+    block = re.match(r"(    .*\n|\n)+", text[start:]).group()
+    code, commands = [], []
+    for words in textwrap.dedent(block).splitlines():
+        (commands if words.startswith("python ") else code).append(words)
+    return "\n".join(code), [command.split()[2:] for command in commands]
+
+
+@pytest.mark.parametrize("first_line", ["import h5py", "import minari"])
+def test_recipes_of_the_readme(first_line, tmp_path, monkeypatch):
+    """Two episodes of Hopper's sizes, one ended, one cut off; then the command that trains on them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    random, episodes = np.random.default_rng(0), []
+    for length, ended in [(5, True), (7, False)]:
+        last = np.arange(length) == length - 1
+        actions, rewards = random.uniform(-1, 1, (length, 3)), random.normal(size=length)
+        episodes.append(
+            (random.normal(size=(length + 1, 11)), actions, rewards, last & ended, last & (not ended))
+        )
+    names = ("actions", "rewards", "terminals", "timeouts")
+    arrays = {name: np.concatenate([each[i] for each in episodes]) for i, name in enumerate(names, start=1)}
+    arrays["observations"] = np.concatenate([each[0][:-1] for each in episodes])
+    code, [words] = recipe(first_line)
+    with warnings.catch_warnings(action="ignore"):  # Minari would like to know the author
+        exec(code, arrays | {"episodes": episodes})
+    args = tyro.cli(dac.Args, args=words)
+    data = load_dataset(args.env_id, args.dataset)
+    rows = 11 if args.dataset else 12  # D4RL's layout loses the last observation of what was cut off
+    np.testing.assert_allclose(data.rewards, arrays["rewards"][:rows], rtol=1e-6)
+    np.testing.assert_allclose(data.actions, arrays["actions"][:rows], rtol=1e-6)
+    np.testing.assert_array_equal(data.terminals, arrays["terminals"][:rows])
+    tiny = {"hidden_dims": (16, 16), "diffusion_steps": 3, "num_qs": 2, "total_steps": 2, "eval_episodes": 1}
+    [evaluation] = dac.train(replace(args, **tiny, run_dir="runs"))["evaluations"]
+    expected = 100 * (evaluation["return_mean"] + 20.3) / (3234.3 + 20.3)
+    assert evaluation["normalized_score"] == pytest.approx(expected, abs=0.01)

@@ -29,7 +29,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import pairwise
 from operator import itemgetter
@@ -76,7 +76,7 @@ class Args:
     name: str | None = None  # of the datasets, local/<name>/<kind>-v0; None: hopper for Hopper-v5
     kinds: tuple[Kind, ...] = KINDS  # the datasets to make
     hdf5: str | None = None  # write HDF5 files in D4RL layout to this folder, instead of Minari datasets
-    overwrite: bool = False  # replace datasets of these names, if there are any
+    overwrite: bool = False  # replace datasets of these names that were made in another way
     transitions: int = 100_000  # recorded per policy, at least: the last episode is played to its end
     episodes: int | None = None  # recorded per policy, instead
     seed: int = 0  # seed of training and recording
@@ -581,7 +581,7 @@ def collect(args: Args) -> None:
             "ref_min_score": reference[0],
             "ref_max_score": reference[1],
             "requirements": [f"{package}=={metadata.version(package)}" for package in PACKAGES],
-            "arguments": asdict(args),
+            "arguments": {field: getattr(args, field) for field in (*TRAINING, *RECORDING)},
             "made_by": made,
         }
         if args.hdf5 is None:
