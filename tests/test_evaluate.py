@@ -92,7 +92,9 @@ def test_screen(tmp_path, capsys):
 
 def test_a_task_without_reference_returns(finished, capsys):
     score(finished, episodes=1)
-    assert "score   unknown: no reference returns are known for Line-v0" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "score   unknown: no reference returns are known for Line-v0" in out
+    assert "interval" not in out  # of one episode
 
 
 def test_confidence_interval():
@@ -187,6 +189,9 @@ def test_checkpoints_that_cannot_be_used(change, message, finished, tmp_path):
     changed = {"args": checkpoint["args"] | change.get("args", {})}
     torch.save(checkpoint | change | changed, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match=message):
+        score(tmp_path)
+    torch.save({"script": "dac", "args": {}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="the checkpoint lacks agent, step: it is not one of a run"):
         score(tmp_path)
 
 

@@ -47,7 +47,9 @@ class Args:
 
 def load_agent(checkpoint: dict, device: str) -> tuple[ModuleType, object, nn.Module]:
     """The script that wrote a checkpoint, its arguments, and its agent as it was then. UserError: unknown."""
-    script = load_script(checkpoint["script"])
+    if missing := {"args", "agent", "step"} - checkpoint.keys():
+        raise UserError(f"the checkpoint lacks {', '.join(sorted(missing))}: it is not one of a run")
+    script = load_script(str(checkpoint["script"]))
     known = {field.name for field in fields(script.Args)}
     if unknown := checkpoint["args"].keys() - known:
         raise UserError(f"the checkpoint is of another version of {script.__name__}.py: {', '.join(unknown)}")
@@ -68,13 +70,17 @@ def load_agent(checkpoint: dict, device: str) -> tuple[ModuleType, object, nn.Mo
 def confidence_interval(values: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean: percentiles of the means of 10,000 bootstrap samples."""
     random = np.random.default_rng(0)
-    means = [random.choice(values, len(values)).mean() for _ in range(10_000)]
+    means = random.choice(values, (10_000, len(values))).mean(axis=1)
     return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
 
 def describe(values: np.ndarray) -> str:
+    """Mean and standard deviation, with the interval where there are several."""
+    spread = f"{values.mean():.5g} +- {values.std():.4g}"
+    if len(values) == 1:
+        return spread
     low, high = confidence_interval(values)
-    return f"{values.mean():.5g} +- {values.std():.4g}, 95 % interval of the mean {low:.5g} to {high:.5g}"
+    return f"{spread}, 95 % interval of the mean {low:.5g} to {high:.5g}"
 
 
 def act_milliseconds(agent: nn.Module, obs_dim: int, batch: int) -> float:
@@ -169,8 +175,8 @@ def main(args: Args) -> dict:
         print(f"score   unknown: no reference returns are known for {task}")
     print(f"length  {evaluation['length_mean']:.5g} steps per episode")
     obs_dim = envs[0].observation_space.shape[0]
-    one, all_of_them = (act_milliseconds(agent, obs_dim, batch) for batch in (1, args.episodes))
-    print(f"act()   {one:.3g} ms for one state, {all_of_them:.3g} ms for {args.episodes} at once")
+    single, batch = act_milliseconds(agent, obs_dim, 1), act_milliseconds(agent, obs_dim, args.episodes)
+    print(f"act()   {single:.3g} ms for one state, {batch:.3g} ms for {args.episodes} at once")
     if args.video:
         episode = film(args.video, script, agent, rendered)
         print(
