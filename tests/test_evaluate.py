@@ -168,7 +168,7 @@ def test_an_environment_that_cannot_be_drawn(failure, message, finished, tmp_pat
 
 def test_a_film_that_cannot_be_written(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "count_frames_and_secs", lambda path: (3, 0.1))
-    with pytest.raises(UserError, match="--video: cannot write .*line.mp4: the file is incomplete"):
+    with pytest.raises(UserError, match="--video: cannot write .*line.mp4, is the disk full"):
         score(finished, episodes=1, video=tmp_path / "line.mp4")
     assert list(tmp_path.iterdir()) == []
 

@@ -112,7 +112,8 @@ class Filmed(gym.Wrapper):
 
 def make_rendered_env(task: str) -> gym.Env:
     """An environment that draws itself, without a screen where there is none. UserError: it cannot."""
-    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform == "linux" and not screen:
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
         env = make_env(task, render_mode="rgb_array", advice="without --video it can still be scored")
@@ -142,8 +143,9 @@ def film(path: Path, script: ModuleType, agent: nn.Module, env: gym.Env) -> dict
         if count_frames_and_secs(part)[0] != filmed.frames:
             raise OSError("the file is incomplete")
         part.replace(path)
-    except (OSError, RuntimeError) as error:  # of a full disk, in writing or in counting
-        raise UserError(f"--video: cannot write {path}: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError) as error:  # imageio's, in writing or in counting
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--video: cannot write {path}, is the disk full? ({reason})") from error
     finally:
         part.unlink(missing_ok=True)
     return evaluation
