@@ -82,14 +82,18 @@ def load_dataset(task: str, dataset: str | None = None, seed: int = 0) -> Datase
     outside = np.abs(actions) > 1
     if outside.any():
         print(f"{dataset or task}: clipped {outside.sum():,} of {outside.size:,} action values to [-1, 1]")
-    reference = reference_returns(task)
-    if is_minari_id(task):
-        metadata = use_minari(task, lambda data: data.storage.metadata)
-        reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-        reference = None if None in reference else reference
     env_maker = partial(make_env, task, observations.shape[1], actions.shape[1])
     name = f"{task} with the data of {dataset}" if dataset else task
-    return Dataset(name, observations, actions.clip(-1, 1), *others, reference, env_maker)
+    return Dataset(name, observations, actions.clip(-1, 1), *others, task_reference(task), env_maker)
+
+
+def task_reference(task: str) -> tuple[float, float] | None:
+    """The returns that score 0 and 100 in a task; None if they are unknown."""
+    if not is_minari_id(task):
+        return reference_returns(task)
+    metadata = use_minari(task, lambda data: data.storage.metadata)
+    reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    return None if None in reference else reference
 
 
 def check_task(task):

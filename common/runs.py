@@ -199,9 +199,13 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror}; make room or choose another --run-dir")
 
 
-def load_checkpoint(path: Path, script: str) -> dict:
-    """What Run.save wrote, from the file or its run folder; only tensors and plain values are unpickled."""
+def load_checkpoint(path: Path, script: str | None = None) -> dict:
+    """What Run.save wrote, from the file or its run folder; only tensors and plain values are unpickled.
+
+    With a script, its checkpoint is wanted to resume that script; without, any will do.
+    """
     path = path / "checkpoint.pt" if path.is_dir() else path
+    asked = "--resume: " if script else ""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
             if damaged := archive.testzip():
@@ -209,13 +213,13 @@ def load_checkpoint(path: Path, script: str) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         written_by = checkpoint["script"]
     except FileNotFoundError:
-        raise UserError(f"--resume: there is no checkpoint at {path}") from None
+        raise UserError(f"{asked}there is no checkpoint at {path}") from None
     except Exception as error:  # whatever a damaged file provokes
         raise UserError(
-            f"--resume: {path} is no checkpoint, or a damaged one ({type(error).__name__})"
+            f"{asked}{path} is no checkpoint, or a damaged one ({type(error).__name__})"
         ) from error
-    if written_by != script:
-        raise UserError(f"--resume: {path} was written by {written_by}.py; resume it with that script")
+    if script not in (None, written_by):
+        raise UserError(f"{asked}{path} was written by {written_by}.py; resume it with that script")
     return checkpoint | {"folder": path.parent}
 
 
