@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-# Where tests are started in the background, by a shell's & or by CI, Ctrl-C is ignored, also by what they start.
+# Where tests run in the background, by a shell's & or by CI, Ctrl-C is ignored, also by what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
