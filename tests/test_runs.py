@@ -561,7 +561,8 @@ def test_no_cuda(tmp_path):
             "rewards has NaN or infinity in 10 rows, first 0",
         ),
         ({}, "bandit-moons-v0", "observations of size 11 and actions of size 3, .* 1 and 2"),
-        ({}, "antmaze-umaze-v0", "evaluation of antmaze-umaze-v0 .*; --eval-episodes 0 trains without"),
+        ({}, "antmaze-umaze-v0", "observations of size 11 and actions of size 3, .* 29 and 8"),
+        ({}, "maze2d-umaze-v1", "environment of maze2d-umaze-v1: .*\\n--eval-episodes 0 trains without"),
     ],
 )
 def test_data_that_cannot_be_used(changes, env_id, message, tmp_path):
