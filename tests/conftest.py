@@ -5,8 +5,8 @@ import signal
 import pytest
 import torch
 
-# Where tests run in the background, by a shell's & or by CI, Ctrl-C is ignored, and under nohup the end of the
-# terminal session, also by what they start.
+# Where tests run in the background, by a shell's & or by CI, Ctrl-C is ignored, and under nohup the end of
+# the terminal session, also by what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
