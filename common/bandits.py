@@ -89,4 +89,8 @@ class Bandit(gymnasium.Env):
         return np.zeros(1, np.float32), {}
 
     def step(self, action: np.ndarray) -> tuple:
-        return np.zeros(1, np.float32), float(bandit_reward(self.task, action[None])[0]), True, False, {}
+        return np.zeros(1, np.float32), float(self.reward(action[None])[0]), True, False, {}
+
+    def reward(self, actions: np.ndarray) -> np.ndarray:
+        """Reward (N,) of actions (N, 2)."""
+        return bandit_reward(self.task, actions)

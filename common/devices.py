@@ -53,8 +53,9 @@ def matmul_library() -> str:
     UserError: it is neither mkl nor onednn, or this PyTorch has no oneDNN.
     """
     available = torch.backends.mkldnn.is_available()
-    default = "onednn" if available and cpu_family("AuthenticAMD") >= 26 else "mkl"
-    chosen = os.environ.get("MATMUL_LIBRARY", default)
+    chosen = os.environ.get("MATMUL_LIBRARY")
+    if chosen is None:
+        chosen = "onednn" if available and cpu_family("AuthenticAMD") >= 26 else "mkl"
     if chosen not in ("mkl", "onednn") or (chosen == "onednn" and not available):
         reason = "this PyTorch has no oneDNN" if chosen == "onednn" else "it must be mkl or onednn"
         raise UserError(f"MATMUL_LIBRARY is {chosen}: {reason}")

@@ -164,9 +164,8 @@ def test_dac_learns_the_best_mode_of_a_bandit(tmp_path, monkeypatch):
 def test_q_moves_the_policy_to_the_best_mode_of_a_bandit(tmp_path, monkeypatch):
     """The best corner holds a sixth of the data. Behaviour cloning leaves it at that."""
     short = dict(total_steps=400, hidden_dims=(64, 64), batch_size=256, diffusion_steps=5)
-    with_q = (
-        dict(tau=0.005, critic_lr=3e-3, eta=3.0, num_action_samples=10, reward_tune="iql_locomotion") | short
-    )
+    critic = dict(tau=0.005, critic_lr=3e-3, eta=3.0, reward_tune="iql_locomotion")
+    with_q = dict(num_action_samples=10) | critic | short
     actions = sampled_actions(dac, "DAC", tmp_path, monkeypatch, **with_q)
     assert np.bincount(bandit_mode(TASK, actions))[-1] > 800  # of 1000
 

@@ -17,6 +17,7 @@ from common.datasets import load_dataset
 from common.runs import Run
 from common.tasks import EnvironmentFailure, UserError
 
+import benchmark
 import evaluate
 import numpy as np
 import pytest
@@ -276,6 +277,10 @@ def write_hdf5_of_pickles(path, content):
     write(path, rewards=np.array([np.void(pickle.dumps(content))] * 10))
 
 
+def look_up_for_benchmark(run):
+    benchmark.look_up(benchmark.Job("dac", "Hopper-v4", 0, (), {}, folder=run.parent))
+
+
 READERS = {  # what is read -> its file, how a hostile one is written, what reads it
     "checkpoint": (
         "checkpoint.pt",
@@ -288,6 +293,8 @@ READERS = {  # what is read -> its file, how a hostile one is written, what read
     "dataset": ("x.hdf5", write_hdf5_of_pickles, lambda run: load_dataset("Hopper-v4", str(run / "x.hdf5"))),
     "report": ("results.json", write_pickle, lambda run: report.find_runs([str(run)])),
     "report, config": ("config.json", write_pickle, lambda run: report.find_runs([str(run)])),
+    "benchmark": ("results.json", write_pickle, look_up_for_benchmark),
+    "benchmark, config": ("config.json", write_pickle, look_up_for_benchmark),
 }
 
 

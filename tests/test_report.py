@@ -372,5 +372,5 @@ def test_command(grid, tmp_path):
     (tmp_path / "file").touch()
     done = subprocess.run([*words, str(tmp_path / "file/x")], capture_output=True, text=True)
     assert done.returncode == 2
-    message = f"error: cannot write to {tmp_path}/file/x: Not a directory; choose another --output"
+    message = f"error: cannot write {tmp_path}/file/x/curves.png: Not a directory; choose another --output"
     assert done.stderr.splitlines()[-1] == message

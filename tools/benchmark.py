@@ -378,6 +378,4 @@ def main(args: Args, words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    words, sys.argv = sys.argv[end + 1 :], sys.argv[:end]
-    runs.run_command(partial(main, words=words), Args)
+    runs.run_command(partial(main, words=toolbox.take_words_for_scripts()), Args)

@@ -172,6 +172,4 @@ def main(args: Args, words: Sequence[str] = ()) -> dict:
 
 
 if __name__ == "__main__":
-    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    words, sys.argv = sys.argv[end + 1 :], sys.argv[:end]
-    run_command(partial(main, words=words), Args)
+    run_command(partial(main, words=toolbox.take_words_for_scripts()), Args)

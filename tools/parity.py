@@ -8,7 +8,6 @@ trained is kept in <output>/<file>.json, and trained again if the file is delete
 """
 
 import hashlib
-import io
 import json
 import math
 import re
@@ -21,22 +20,13 @@ from typing import Annotated
 from unittest import mock
 
 import toolbox
-from common.checkpoints import write_atomically
 from common.runs import Run, describe_machine, run_command
 from common.settings import NonNegative, Positive, check_bounds, parse_args
 from common.tasks import UserError
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from PIL import Image
 
 GOLDEN = toolbox.ROOT / "tests" / "golden" / "learning"
 # Half the height of the band around the mean of the authors' seeds, as a share of that mean.
@@ -196,7 +186,7 @@ def our_curves(curves: Curves, args: Args) -> dict[str, dict]:
             points = train(curves, int(seed), count)
             kept["seeds"][seed] = {name: [float(f"{x:.6g}") for x in points[name]] for name in points}
             kept["made"][seed] = describe_machine(torch.device("cpu"))
-            write_atomically(path, (json.dumps(kept, indent=1) + "\n").encode())
+            toolbox.write_output(path, (json.dumps(kept, indent=1) + "\n").encode())
     return {seed: kept["seeds"][seed] for seed in map(str, args.seeds)}
 
 
@@ -281,6 +271,7 @@ def draw(curves: Curves, ours: dict[str, dict], path: Path) -> None:
     metrics = compared(curves, next(iter(ours.values())))
     columns = 4 if len(metrics) in (4, 7, 8) else 3
     rows = math.ceil(len(metrics) / columns)
+    plt = toolbox.pyplot()
     figure, axes = plt.subplots(
         rows, columns, figsize=(9, 2 * rows + 0.4), squeeze=False, layout="constrained"
     )
@@ -299,18 +290,13 @@ def draw(curves: Curves, ours: dict[str, dict], path: Path) -> None:
     for each in list(axes.flat)[len(metrics) :]:
         each.set_axis_off()
     lines = [
-        Line2D([], [], color="black"),
-        Line2D([], [], color="tab:red"),
-        Patch(color="tab:gray", alpha=0.2),
+        plt.Line2D([], [], color="black"),
+        plt.Line2D([], [], color="tab:red"),
+        plt.Rectangle((0, 0), 1, 1, color="tab:gray", alpha=0.2),
     ]
     names = ["authors' code, each seed", f"{curves.script}.py, each seed", "band of the test"]
     figure.legend(lines, names, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=90)
-    plt.close(figure)
-    smaller = io.BytesIO()
-    Image.open(picture).quantize(64).save(smaller, "png", optimize=True)
-    write_atomically(path, smaller.getvalue())
+    toolbox.write_output(path, toolbox.png(figure, num_colors=64))
 
 
 def main(args: Args) -> None:

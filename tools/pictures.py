@@ -7,8 +7,6 @@
 Everything shown is computed here. docs/tools.md lists the figures; some stand on the pages of their scripts.
 """
 
-import difflib
-import io
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,19 +14,17 @@ from pathlib import Path
 from typing import Annotated
 
 import toolbox
-from common.bandits import bandit_reward
+from common.bandits import Bandit, bandit_reward
 from common.datasets import load_dataset
-from common.devices import keep_freed_memory
+from common.devices import use_device
 from common.runs import run_command
 from common.settings import NonNegative, settings_for
-from common.tasks import UserError, user_path
+from common.tasks import user_path
 
-import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 from evaluate import load_agent
-from PIL import Image
 from torch import nn
 
 LINE = np.linspace(-1, 1, 101)
@@ -64,18 +60,10 @@ def samples(agent: nn.Module) -> np.ndarray:
     return agent.act(torch.zeros(1000, 1)).numpy()
 
 
-class FourModes(gym.Env):
-    """One state, episodes of one step; the reward is 1 at each of four modes, and 0 away from them."""
+class FourModes(Bandit):
+    """A bandit whose reward is 1 at each of four modes, and 0 away from them."""
 
-    observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (2,))
     modes = 0.5 * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.zeros(1, np.float32), {}
-
-    def step(self, action):
-        return np.zeros(1, np.float32), float(self.reward(action[None])[0]), True, False, {}
 
     def reward(self, actions: np.ndarray) -> np.ndarray:
         """Of actions (N, 2): (N,)."""
@@ -91,7 +79,7 @@ def trained_online(steps: list[int], seed: int, **changes: object) -> dict[int, 
     args = qvpo.Args(**cheap | dict(entropy_weight=0.1, entropy_weight_min=0.1) | changes)
     torch.manual_seed(seed)
     agent = qvpo.QVPO(1, 2, args, torch.device("cpu"))
-    experience = qvpo.Experience(FourModes(), args, agent.device)
+    experience = qvpo.Experience(FourModes("four modes"), args, agent.device)
     obs, found = torch.zeros(1, 1), {}
     for step in range(max(steps)):
         agent.set_step(step)
@@ -120,9 +108,7 @@ def trust_region_loss(agent: nn.Module, sigma: float, num_noises: int = 50) -> n
 # === Figures ===
 def grid(rows: int, columns: int):
     """A figure and its panels, (rows, columns), for actions in [-1, 1]^2."""
-    import matplotlib.pyplot as plt
-
-    size = (2.3 * columns, 2.5 * rows)
+    plt, size = toolbox.pyplot(), (2.3 * columns, 2.5 * rows)
     figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for panel in panels.flat:
         panel.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
@@ -221,7 +207,7 @@ def qvpo_entropy(seed: int):
     """Samples of QVPO's policy with the entropy term and without, after its Figure 2."""
     steps = [200, 250, 350, 500, 750, 1000]
     figure, panels = grid(2, len(steps))
-    surface = FourModes().reward(SURFACE).reshape(101, 101)
+    surface = FourModes("four modes").reward(SURFACE).reshape(101, 101)
     kinds = {"with entropy term": {}, "without": dict(num_entropy_samples=0)}
     for row, (name, changes) in zip(panels, kinds.items(), strict=True):
         row[0].set_ylabel(name)
@@ -246,45 +232,18 @@ FIGURES: dict[str, Callable] = {
 
 
 # === The command ===
-def choose_backend() -> None:
-    """Have matplotlib draw without a screen. UserError: it cannot."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot  # noqa: F401
-    except (ImportError, ValueError) as error:
-        raise UserError(f"the figures need matplotlib and its backend Agg: {error}") from error
-
-
-def write(path: Path, content: bytes) -> None:
-    """A file, complete or not at all. UserError: it cannot be written."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(path) if content else part.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --output") from error
-
-
 def main(args: Args) -> None:
+    toolbox.check_name("figure", args.figure, [*FIGURES, "all"])
+    toolbox.pyplot()  # fails, if it does, before minutes of training
     names = list(FIGURES) if args.figure == "all" else [args.figure]
-    if not FIGURES.keys() >= set(names):
-        near = difflib.get_close_matches(args.figure, FIGURES, cutoff=0.3) or [*FIGURES, "all"]
-        raise UserError(f"there is no figure {args.figure!r}; nearest names: {', '.join(near)}")
-    choose_backend()
-    torch.set_num_threads(1)
-    keep_freed_memory()
+    use_device("cpu", num_threads=1, matmul_precision="highest")
     paths = {name: user_path(args.output) / f"{name}.png" for name in names}
     for path in paths.values():
-        write(path, b"")  # before minutes of training
+        toolbox.write_output(path, b"")  # so does this
     for name, path in paths.items():
-        picture, small = io.BytesIO(), io.BytesIO()
-        FIGURES[name](args.seed).savefig(picture, format="png", dpi=90)
-        Image.open(picture).convert("RGB").quantize(96).save(small, format="png", optimize=True)
-        write(path, small.getvalue())
-        print(f"{path}: {len(small.getvalue()) / 1000:.0f} kB")
+        picture = toolbox.png(FIGURES[name](args.seed), num_colors=96)
+        toolbox.write_output(path, picture)
+        print(f"{path}: {len(picture) / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

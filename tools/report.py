@@ -19,14 +19,8 @@ import toolbox
 from common.tasks import BUNDLED, UserError, table_names, user_path
 from toolbox import RecordedRun, interval
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from matplotlib.figure import Figure
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_scores.json").read_text())
 VERSIONS = ("git_commit", "torch", "mujoco", "gymnasium", "numpy", "python")
@@ -297,9 +291,10 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
 
 
 # === The curves ===
-def draw_curves(groups: list[Group]) -> Figure:
+def draw_curves(groups: list[Group]):
     """One panel for each task."""
     tasks, labels = sorted({group.task for group in groups}), sorted({group.label for group in groups})
+    plt = toolbox.pyplot()
     palette = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20")
     colors = {label: palette(i % palette.N) for i, label in enumerate(labels)}
     columns = min(3, len(tasks))
@@ -334,17 +329,11 @@ def main(args: Args) -> None:
         raise UserError("no finished and evaluated run:\n  " + "\n  ".join(problems))
     figure, picture = draw_curves(groups), io.BytesIO()
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    toolbox.pyplot().close(figure)
     text = write_report(groups, problems, args.folders).encode(errors="surrogateescape")
     output = user_path(args.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for name, content in (("curves.png", picture.getvalue()), ("report.md", text)):
-            part = output / f".{name}.part"
-            part.write_bytes(content)
-            part.replace(output / name)
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}; choose another --output") from error
+    toolbox.write_output(output / "curves.png", picture.getvalue())
+    toolbox.write_output(output / "report.md", text)
     for problem in problems:
         print(f"  {problem}")
     print(f"{len(problems)} problems; {output / 'report.md'} and {output / 'curves.png'} are written")

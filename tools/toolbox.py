@@ -1,13 +1,14 @@
-"""What the tools share: scripts by name, recorded runs, intervals. It loads no PyTorch.
+"""What the tools share: names, recorded runs, intervals, what they write. It loads no PyTorch.
 
 Each tool imports this module first: then it finds the scripts and common/, wherever it is started.
 """
 
 import difflib
 import importlib
+import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,14 +26,28 @@ WHERE_AND_HOW = {"run_dir", "resume", "device", "num_threads", "compile", "cuda_
 WHERE_AND_HOW |= {"log_every", "save_every"}
 
 
+# === What the user gives ===
+def check_name(kind: str, name: str, known: Iterable[str]) -> None:
+    """UserError, with the nearest of the known names, for another one."""
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, cutoff=0.3) or known
+        raise UserError(f"there is no {kind} {name!r}; nearest names: {', '.join(near)}")
+
+
+def take_words_for_scripts() -> list[str]:
+    """What stands after -- on the command line, which is cut there."""
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    words, sys.argv = sys.argv[end + 1 :], sys.argv[:end]
+    return words
+
+
 # === Scripts ===
 def load_script(name: str) -> ModuleType:
     """The module of the script with that name. UserError: there is none, or it cannot be imported."""
     known = sorted(path.stem for path in ROOT.glob("*.py") if "\ndef train(" in path.read_text())
     name = name.removesuffix(".py")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, cutoff=0.3) or known
-        raise UserError(f"there is no script {name!r}; nearest names: {', '.join(near)}")
+    check_name("script", name, known)
     try:
         return importlib.import_module(name)
     except Exception as error:
@@ -129,3 +144,38 @@ def interval(*samples: np.ndarray, statistic: Callable = np.mean) -> tuple[np.nd
         rng=np.random.default_rng(0),
     )
     return found.confidence_interval.low, found.confidence_interval.high
+
+
+# === Pictures and files ===
+def pyplot() -> ModuleType:
+    """matplotlib.pyplot, drawing without a screen. UserError: it cannot."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except (ImportError, ValueError) as error:
+        raise UserError(f"the figures need matplotlib and its backend Agg: {error}") from error
+    return plt
+
+
+def png(figure, num_colors: int) -> bytes:
+    """The figure as a PNG of few colours, which are enough for lines and take little space."""
+    from PIL import Image  # brought by matplotlib
+
+    picture, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(picture, format="png", dpi=90)
+    pyplot().close(figure)
+    Image.open(picture).convert("RGB").quantize(num_colors).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """A file, whole or not at all, and its folder; without content only a trial. UserError: it cannot be."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        part.replace(path) if content else part.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --output") from error
