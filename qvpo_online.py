@@ -101,9 +101,8 @@ TASK_SETTINGS = {
     # Ours, to learn in minutes on a CPU.
     "InvertedPendulum-v5": PENDULUM,
     "Pendulum-v1": PENDULUM,
-    "bandit": dict(
-        total_steps=1_000, eval_every=250, learning_starts=200, diffusion_steps=5, tau=0.05,
-        hidden_dims=(64, 64, 64), num_train_samples=8, actor_lr=1e-3, critic_lr=3e-3),
+    "bandit": dict(total_steps=1_000, eval_every=250, learning_starts=200, diffusion_steps=5, tau=0.05,
+                   hidden_dims=(64, 64, 64), num_train_samples=8, actor_lr=1e-3, critic_lr=3e-3),
 }
 # fmt: on
 
@@ -159,8 +158,8 @@ def ddpm_sample(predict_noise: Callable, noise: Tensor, schedule: Schedule, sigm
 class QVPONoisePredictor(nn.Module):
     """eps_theta(s, x_t, t): the noise in the noisy actions x_t at timestep t, of n actions per state.
 
-    The first layer W (x_t, time, s) + b is computed as W_x x_t + (W_time time + (W_s s + b)), where W_s s + b
-    is the same for all n actions (D10).
+    The first layer W (x_t, time, s) + b is computed as W_x x_t + shared, where all actions of a state that
+    are at the same timestep have the same shared = W_time time + W_s s + b (D10).
     """
 
     def __init__(self, obs_dim: int, action_dim: int, time_dim: int, hidden_dims: tuple[int, ...]):
@@ -173,14 +172,18 @@ class QVPONoisePredictor(nn.Module):
         sizes = pairwise((sum(self.input_dims), *hidden_dims, action_dim))
         self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in sizes)
 
-    def forward(self, obs: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """obs (batch, obs_dim), x_t (n, batch, action_dim), t (n, batch, 1) or (1,) for one in all rows."""
+    def shared(self, obs: Tensor, t: Tensor) -> Tensor:
+        """(n, batch, hidden) of obs (batch, obs_dim) and t (n, batch, 1) or (n, 1, 1)."""
         angles = (t - 1) * self.frequencies  # the authors count from 0
         embedding = torch.cat([angles.sin(), angles.cos()], dim=-1)
         embedding = self.time_mlp[1](mish(self.time_mlp[0](embedding)))
-        x_weight, time_weight, obs_weight = self.layers[0].weight.split(self.input_dims, dim=1)
-        of_state = F.linear(obs, obs_weight, self.layers[0].bias)  # (batch, hidden)
-        x = mish(F.linear(x_t, x_weight) + (F.linear(embedding, time_weight) + of_state))
+        _, time_weight, obs_weight = self.layers[0].weight.split(self.input_dims, dim=1)
+        return F.linear(embedding, time_weight) + F.linear(obs, obs_weight, self.layers[0].bias)
+
+    def forward(self, x_t: Tensor, shared: Tensor) -> Tensor:
+        """x_t (n, batch, action_dim); shared as above, or (batch, hidden) at one timestep."""
+        x_weight = self.layers[0].weight.split(self.input_dims, dim=1)[0]
+        x = mish(F.linear(x_t, x_weight) + shared)
         for layer in self.layers[1:-1]:
             x = mish(layer(x))
         return self.layers[-1](x)
@@ -300,13 +303,16 @@ class QVPO(nn.Module):
     def candidates(self, obs: Tensor, noise: Tensor, target: bool = False) -> tuple[Tensor, Tensor]:
         """n actions per row of obs, from noise (T, n, batch, action_dim), and q, the smaller of its two."""
         actor, critic = (self.actor_target, self.critic_target) if target else (self.actor, self.critic)
-        n, batch = noise.shape[1:3]
+        num_steps, n, batch, _ = noise.shape
+        shared = actor.shared(obs, torch.arange(num_steps + 1, device=self.device).view(-1, 1, 1))
 
         def predict_noise(x: Tensor, t: int) -> Tensor:
-            eps = actor(obs, x.unflatten(0, (n, batch)), torch.full((1,), t, device=self.device))
-            return eps.flatten(0, 1)  # (n * batch, action_dim)
+            return actor(x.unflatten(0, (-1, batch)), shared[t]).flatten(0, 1)
 
-        actions = ddpm_sample(predict_noise, noise.flatten(1, 2), self.schedule, self.sigma)
+        whole = self.device.type == "cuda" or torch.compiler.is_compiling()
+        few = n if whole else max(1, 1024 // batch)  # whose activations stay in a CPU's cache
+        parts = [part.flatten(1, 2) for part in noise.split(few, dim=1)]
+        actions = torch.cat([ddpm_sample(predict_noise, each, self.schedule, self.sigma) for each in parts])
         q = critic(obs.repeat(n, 1), actions).amin(0)  # (n * batch,)
         return actions.unflatten(0, (n, batch)), q.unflatten(0, (n, batch))
 
@@ -336,7 +342,7 @@ class QVPO(nn.Module):
     def weighted_loss(self, obs: Tensor, action: Tensor, weight: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """mean w (eps_theta(s, x_t, t) - eps)^2, Eq. 6; obs (batch, obs_dim), the others (n, batch, ...)."""
         x_t = add_noise(action.flatten(0, 1), t.flatten(), eps.flatten(0, 1), self.alpha_bar)
-        error = self.actor(obs, x_t.view_as(eps), t.unsqueeze(2)) - eps
+        error = self.actor(x_t.view_as(eps), self.actor.shared(obs, t.unsqueeze(2))) - eps
         return (weight * error.square().mean(2)).mean()  # D5
 
     def actor_loss(self, obs: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:

@@ -52,8 +52,8 @@ def test_noise_predictor(float64):
     """n actions of each state, each with its timestep; or one timestep for all."""
     actor, obs, x_t = small_agent().actor, torch.randn(3, 4), torch.randn(2, 3, DIMS)
     t = torch.tensor([[1, 2, 3], [4, 1, 4]])
-    for given, timesteps in [(t.unsqueeze(2), t), (torch.tensor([3]), torch.full((2, 3), 3))]:
-        eps = actor(obs, x_t, given).detach()
+    for given, timesteps in [(t.unsqueeze(2), t), (torch.tensor([[[3]]]), torch.full((2, 3), 3))]:
+        eps = actor(x_t, actor.shared(obs, given)).detach()
         for j, b in np.ndindex(2, 3):
             expected = predicted_noise(actor, obs[b].numpy(), x_t[j, b].numpy(), timesteps[j, b].item())
             np.testing.assert_allclose(eps[j, b], expected, atol=1e-12)

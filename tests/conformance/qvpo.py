@@ -192,7 +192,7 @@ def check_forward(case):
     forward, agent, batch = case.golden["forward"], make_agent(case), make_batch(case)
     t = torch.tensor(forward["t"]).unsqueeze(1) + 1  # (B, 1)
     for name, actor in (("noise_net", agent.actor), ("noise_net_target", agent.actor_target)):
-        close(case, actor(batch.obs, batch.action, t), forward[name], name, NETWORK)
+        close(case, actor(batch.action, actor.shared(batch.obs, t)), forward[name], name, NETWORK)
     for suffix, critic in (("", agent.critic), ("_target", agent.critic_target)):
         q = critic(batch.obs, batch.action)
         expected = [forward[f"q{k + 1}{suffix}"] for k in range(critic.num_qs)]
