@@ -8,13 +8,14 @@ Everything shown is computed here. docs/tools.md lists the figures; some stand o
 """
 
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import toolbox
-from common.bandits import Bandit, bandit_reward
+from common.bandits import BANDITS, Bandit, bandit_reward
 from common.datasets import load_dataset
 from common.devices import use_device
 from common.runs import run_command
@@ -31,6 +32,8 @@ LINE = np.linspace(-1, 1, 101)
 SURFACE = np.stack(np.meshgrid(LINE, LINE), axis=-1).reshape(-1, 2)  # (101 * 101, 2), y slowly and x fast
 SIGMAS = (0.02, 0.1, 0.3, 1.0, 5.0)
 CALLS = (5, 15, 1000)
+SCRIPTS = ("diffusion_ql", "dac", "dtql", "edp_td3", "edp_crr", "edp_iql", "qvpo_online")
+PATTERNS = ("corners", "8gaussians", "moons", "spiral")
 
 
 @dataclass
@@ -53,11 +56,16 @@ def trained(script: str, task: str, seed: int, **changes: object) -> nn.Module:
         return load_agent(checkpoint, torch.device("cpu"))[2]
 
 
+def chosen(agent: nn.Module) -> np.ndarray:
+    """1000 actions (1000, 2) as in an evaluation."""
+    torch.manual_seed(0)
+    return torch.cat([agent.act(torch.zeros(100, 1)) for _ in range(10)]).numpy()
+
+
 def samples(agent: nn.Module) -> np.ndarray:
     """1000 actions (1000, 2) of the policy itself, without a choice among candidates."""
-    torch.manual_seed(0)
     agent.args.num_action_samples = 1
-    return agent.act(torch.zeros(1000, 1)).numpy()
+    return chosen(agent)
 
 
 class FourModes(Bandit):
@@ -105,6 +113,11 @@ def trust_region_loss(agent: nn.Module, sigma: float, num_noises: int = 50) -> n
     return loss.view(101, 101).numpy()
 
 
+def near_best(task: str, actions: np.ndarray) -> float:
+    """The share of actions (N, 2) within 0.15 of the best mode."""
+    return (np.linalg.norm(actions - BANDITS[task][-1], axis=1) < 0.15).mean()
+
+
 # === Figures ===
 def grid(rows: int, columns: int):
     """A figure and its panels, (rows, columns), for actions in [-1, 1]^2."""
@@ -128,6 +141,22 @@ def draw_policy(panel, task: str, actions: np.ndarray, title: str) -> None:
     panel.scatter(*load_dataset(task).actions[:2500].T, s=1, c="lightgray", linewidths=0)
     panel.scatter(*actions.T, s=3, c="tab:red", alpha=0.5, linewidths=0)
     panel.set_title(f"{title}: {bandit_reward(task, actions).mean():.2f}", fontsize=9)
+
+
+def bandits(seed: int):
+    """Each script on each bandit, as in an evaluation. Prints rows of a table, also of the policy itself."""
+    figure, panels = grid(len(PATTERNS), len(SCRIPTS))
+    for row, pattern in zip(panels, PATTERNS, strict=True):
+        for panel, script in zip(row, SCRIPTS, strict=True):
+            task, start = f"bandit-{pattern}-v0", time.process_time()
+            agent = trained(script, task, seed)
+            cells = [f"`{script}.py`", pattern, str(seed), f"{time.process_time() - start:.0f}"]
+            actions = chosen(agent)
+            draw_policy(panel, task, actions, f"{script}, {near_best(task, actions):.0%} near\nreward")
+            for each in (actions, samples(agent)):
+                cells += [f"{near_best(task, each):.3f}", f"{bandit_reward(task, each).mean():.3f}"]
+            print(f"| {' | '.join(cells)} |")
+    return figure
 
 
 def diffusion_ql_corners(seed: int):
@@ -227,6 +256,7 @@ FIGURES: dict[str, Callable] = {
         dac_guidance,
         edp_samplers,
         qvpo_entropy,
+        bandits,
     )
 }
 
