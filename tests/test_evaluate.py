@@ -3,6 +3,7 @@
 import os
 import re
 
+from common.envs import make_env
 from common.settings import check_bounds
 from common.tasks import UserError
 
@@ -112,6 +113,25 @@ def test_video(finished, tmp_path, capsys):
     assert [each.name for each in tmp_path.iterdir()] == ["line.mp4"]
 
 
+def test_a_strip_of_pictures(finished, tmp_path):
+    """Eight frames, (31, 30) each, of which every third pixel is kept: as many white rows as places left."""
+    score(finished, episodes=2, video=tmp_path / "line.png")
+    strip = imageio.imread(tmp_path / "line.png")
+    assert strip.shape == (11, 8 * 10, 3) and [each.name for each in tmp_path.iterdir()] == ["line.png"]
+    white = (strip.reshape(11, 8, 10, 3) > 128).mean(axis=(0, 2, 3)) * 31
+    env = line.Line()
+    env.reset(seed=load_script("dac").EVAL_SEED)
+    assert white[0] == pytest.approx(env.place + 15, abs=3)
+    assert np.ptp(white) > 1
+
+
+@pytest.mark.parametrize(("task", "camera"), [("Hopper-v4", 0), ("HalfCheetah-v5", 0), ("Pendulum-v1", None)])
+def test_the_camera_follows_a_robot(task, camera):
+    env = make_env(task)
+    evaluate.follow(env)
+    assert getattr(getattr(env.unwrapped, "mujoco_renderer", None), "camera_id", None) == camera
+
+
 def test_video_of_mujoco(tmp_path):
     """Without a screen; skipped where there is no OpenGL, which the message must say then."""
     folder = run_of("dac", tmp_path, "InvertedPendulum-v5", obs_dim=4)
@@ -183,7 +203,7 @@ def test_checkpoints_that_cannot_be_used(change, message, finished, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"video": evaluate.Path("line.gif")}, "--video line.gif is not a .mp4 file in a folder that exists"),
+        ({"video": evaluate.Path("line.gif")}, "--video line.gif is not a .mp4 or .png file in a"),
         ({"video": evaluate.Path("none/line.mp4")}, "--video none/line.mp4 is not"),
         ({"device": "tpu"}, "--device tpu is not available"),
         ({"device": "meta"}, "--device meta is not available"),

@@ -3,12 +3,14 @@
     python tools/evaluate.py runs/hopper-mini-v0__dac__0__20261121-...          # the run's checkpoint
     python tools/evaluate.py checkpoint.pt --episodes 10                        # as the run itself evaluated
     python tools/evaluate.py checkpoint.pt --video hopper.mp4                   # and one episode as a film
+    python tools/evaluate.py checkpoint.pt --video hopper.png                   # or as a strip of pictures
     python tools/evaluate.py runs/<run> -- --num-action-samples 50              # acting in another way
 
 All that is needed is read from the checkpoint: the script, its arguments, the task. The evaluation is the
 script's own evaluate(), with its seeds. docs/tools.md says more.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +33,7 @@ from common.tasks import UserError
 
 import gymnasium as gym
 import imageio.v2 as imageio
+import mujoco
 import numpy as np
 import torch
 import tyro
@@ -48,7 +51,7 @@ class Args:
     episodes: Positive[int] = 100  # episodes, side by side; as many as in the run give its own numbers again
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
     num_threads: Positive[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
-    video: Path | None = None  # write a film of the first episode to this file, .mp4
+    video: Path | None = None  # write a film of the first episode to this file, .mp4 or (eight frames) .png
 
 
 def load_agent(
@@ -102,6 +105,20 @@ class Filmed(gym.Wrapper):
         return self.env.step(action)
 
 
+class Strip(contextlib.AbstractContextManager):
+    """Eight of the frames side by side, written in the end; used like imageio's writer."""
+
+    def __init__(self, path: Path):
+        self.path, self.frames = path, []
+
+    def append_data(self, frame: np.ndarray) -> None:
+        self.frames.append(frame[::3, ::3])
+
+    def __exit__(self, *failure) -> None:
+        shown = np.linspace(0, len(self.frames) - 1, 8).astype(int)
+        imageio.imwrite(self.path, np.hstack([self.frames[i] for i in shown]))
+
+
 def make_rendered_env(task: str) -> gym.Env:
     """An environment that draws itself, without a screen where there is none. UserError: it cannot."""
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
@@ -109,6 +126,7 @@ def make_rendered_env(task: str) -> gym.Env:
     try:
         env = make_env(task, render_mode="rgb_array", advice="without --video it can still be scored")
         env.reset(seed=0)
+        follow(env)
         frame = env.render()
     except UserError:
         raise
@@ -123,13 +141,21 @@ def make_rendered_env(task: str) -> gym.Env:
     return env
 
 
+def follow(env: gym.Env) -> None:
+    """Use the camera that follows a MuJoCo robot, if it has one; Gymnasium 1.4 takes one that stays."""
+    if renderer := getattr(env.unwrapped, "mujoco_renderer", None):
+        camera = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+        renderer.camera_id = camera if camera >= 0 else renderer.camera_id
+
+
 def film(path: Path, script: ModuleType, agent: nn.Module, env: gym.Env) -> str:
-    """Play one episode and write it to an MP4, complete or not at all; returns what to say of it."""
-    part = path.with_name(f".{path.stem}.part.mp4")
+    """Play one episode and write it as a film or strip, whole or not at all; returns what to say of it."""
+    part, fps = path.with_name(f".{path.stem}.part{path.suffix}"), env.metadata.get("render_fps", 30)
+    is_strip = path.suffix == ".png"
     try:
-        with imageio.get_writer(part, fps=env.metadata.get("render_fps", 30), macro_block_size=2) as video:
+        with Strip(part) if is_strip else imageio.get_writer(part, fps=fps, macro_block_size=2) as video:
             episode = script.evaluate(agent, [Filmed(env, video)])
-        if count_frames_and_secs(part)[0] != episode["lengths"][0]:
+        if not is_strip and count_frames_and_secs(part)[0] != episode["lengths"][0]:
             raise OSError("the file is incomplete")
         part.replace(path)
     except (OSError, RuntimeError) as error:  # imageio's, in writing or in counting
@@ -143,8 +169,8 @@ def film(path: Path, script: ModuleType, agent: nn.Module, env: gym.Env) -> str:
 # === The command ===
 def main(args: Args, words: Sequence[str] = ()) -> dict:
     """Score, time and film a policy that acts as words ask for; returns the script's evaluation."""
-    if args.video and (args.video.suffix != ".mp4" or not args.video.parent.is_dir()):
-        raise UserError(f"--video {args.video} is not a .mp4 file in a folder that exists")
+    if args.video and (args.video.suffix not in (".mp4", ".png") or not args.video.parent.is_dir()):
+        raise UserError(f"--video {args.video} is not a .mp4 or .png file in a folder that exists")
     if args.episodes > MOST_EPISODES:
         raise UserError(f"--episodes is {args.episodes}; side by side there can be {MOST_EPISODES}")
     device = use_device(args.device, args.num_threads, "highest")
