@@ -112,7 +112,7 @@ TASK_SETTINGS = {
                            actor_lr=1e-3, critic_lr=1e-3, num_qs=2, num_q_samples=1, eta=0.3, eta_lr=0.0),
     "bandit": dict(total_steps=2_500, eval_every=500, batch_size=128, tau=0.05, hidden_dims=(64, 64, 64),
                    diffusion_steps=10, actor_lr=3e-3, critic_lr=1e-2, num_qs=2, num_q_samples=1, eta=8.0,
-                   eta_lr=0.0, reward_tune="antmaze100", num_action_samples=300),
+                   eta_lr=0.0, reward_tune="antmaze100", num_action_samples=1_000),
 }
 # fmt: on
 
