@@ -31,10 +31,8 @@ def use_device(name: str, num_threads: int, matmul_precision: str) -> torch.devi
     torch.set_num_threads(num_threads)
     torch.set_float32_matmul_precision(matmul_precision)
     keep_freed_memory()
-    if matmul_library() == "onednn":
-        from common.onednn import use_onednn
-
-        use_onednn()
+    if matmul_library() == "onednn":  # PyTorch takes it where bfloat16 is allowed; without AMX it is float32
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         device = torch.empty(0, device=chosen).device
@@ -50,26 +48,30 @@ def matmul_library() -> str:
     """What multiplies float32 matrices on a CPU: onednn on AMD's Zen 5 or later, else mkl, PyTorch's own.
 
     MKL uses half the width of those processors. The environment variable MATMUL_LIBRARY overrules this.
-    UserError: it is neither mkl nor onednn, or this PyTorch has no oneDNN.
+    UserError: it is neither mkl nor onednn, or this PyTorch or processor has no float32 product of oneDNN.
     """
-    available = torch.backends.mkldnn.is_available()
-    chosen = os.environ.get("MATMUL_LIBRARY")
-    if chosen is None:
-        chosen = "onednn" if available and cpu_family("AuthenticAMD") >= 26 else "mkl"
-    if chosen not in ("mkl", "onednn") or (chosen == "onednn" and not available):
-        reason = "this PyTorch has no oneDNN" if chosen == "onednn" else "it must be mkl or onednn"
-        raise UserError(f"MATMUL_LIBRARY is {chosen}: {reason}")
+    about = about_processor()
+    family = re.search(r"AuthenticAMD\ncpu family\s*: (\d+)", about)
+    problem = ""
+    if not torch.backends.mkldnn.is_available():
+        problem = "this PyTorch has no oneDNN"
+    elif "vendor_id" not in about or "amx" in about:
+        problem = "oneDNN might use bfloat16 on this processor, for which there is --matmul-precision medium"
+    default = "onednn" if family and int(family[1]) >= 26 and not problem else "mkl"
+    chosen = os.environ.get("MATMUL_LIBRARY", default)
+    if chosen not in ("mkl", "onednn"):
+        problem = "it must be mkl or onednn"
+    if problem and chosen != "mkl":
+        raise UserError(f"MATMUL_LIBRARY is {chosen}: {problem}")
     return chosen
 
 
-def cpu_family(vendor: str) -> int:
-    """The family of this vendor's processors that this one belongs to, as Linux says; 0: another vendor's."""
+def about_processor() -> str:
+    """What Linux says of an x86 processor: vendor, family, instruction sets; empty elsewhere."""
     try:
-        about = Path("/proc/cpuinfo").read_text()
+        return Path("/proc/cpuinfo").read_text()
     except OSError:
-        return 0
-    family = re.search(rf"vendor_id\s*: {vendor}\ncpu family\s*: (\d+)", about)
-    return int(family[1]) if family else 0
+        return ""
 
 
 def keep_freed_memory() -> None:
