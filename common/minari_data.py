@@ -63,6 +63,21 @@ def check_host(dataset_id: str) -> None:
         url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         with contextlib.suppress(HTTPError):  # any answer will do
             urllib.request.urlopen(url, timeout=SILENCE).close()
+        limit_silence()
+
+
+def limit_silence() -> None:
+    """Have the client that Minari downloads with wait for SILENCE, then try again a few times, then fail.
+
+    By itself it would wait for ever, because it gives most of its requests no limit.
+    """
+    from huggingface_hub import get_session
+
+    def limit(request) -> None:
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), SILENCE)
+
+    session = get_session()
+    session.event_hooks = {"request": [*session.event_hooks["request"], limit]}
 
 
 def read_minari(dataset_id: str) -> dict[str, np.ndarray]:

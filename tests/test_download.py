@@ -40,6 +40,8 @@ def server(content):
             how = self.path.split("/")[1]
             if how == "missing":
                 return self.send_error(404)
+            if how == "api":  # of Minari's host
+                return threading.Event().wait(5)
             html = b"<html>please log in</html>"
             body = {"wrong": content[:-1] + b"!", "short": content[:-100], "html": html}.get(how, content)
             self.send_response(200)
@@ -241,6 +243,18 @@ def test_minari_is_not_asked_if_its_host_does_not_answer(how, request, minari_fo
     with pytest.raises(UserError, match="(?s)D4RL/door/human-v2: .*(timed out|refused).*minari download"):
         load_dataset("D4RL/door/human-v2")
     assert time.monotonic() - start < 30  # Minari itself asks for minutes
+
+
+def test_minari_stops_if_its_host_falls_silent(server, minari_folder, monkeypatch):
+    """It answers the first request and no other; the client would wait for ever."""
+    monkeypatch.setattr(minari_data, "SILENCE", 0.2)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's attempts
+    monkeypatch.setenv("HF_ENDPOINT", server)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match="(?s)D4RL/door/human-v2: ReadTimeout.*minari download"):
+        load_dataset("D4RL/door/human-v2")
 
 
 def test_nobody_is_asked_for_a_local_minari_dataset(minari_folder, monkeypatch):
