@@ -125,7 +125,7 @@ TASK_SETTINGS = {
         actor_lr=1e-3, critic_lr=1e-3, reward_tune="iql_locomotion", likelihood="elbo", temperature=0.2),
     "bandit": dict(
         total_steps=2_000, eval_every=500, batch_size=128, tau=0.05, hidden_dims=(64, 64, 64),
-        diffusion_steps=50, num_action_samples=100, actor_lr=3e-3, critic_lr=1e-2,
+        diffusion_steps=50, num_action_samples=300, actor_lr=3e-3, critic_lr=1e-2,
         reward_tune="antmaze100", likelihood="elbo", temperature=20.0, max_weight=1e5),
 }
 # fmt: on
