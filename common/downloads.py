@@ -31,8 +31,9 @@ def download(info: dict, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for stale in path.parent.glob("*.hdf5.*.part"):  # of a killed process, if nobody writes to it
-                if time.time() - stale.stat().st_mtime > 600:
-                    stale.unlink()
+                with contextlib.suppress(FileNotFoundError):  # another seed's, which is complete by now
+                    if time.time() - stale.stat().st_mtime > 600:
+                        stale.unlink()
             digest = fetch(url, part, info["bytes"])
             if info["sha256"] not in (None, digest) or not h5py.is_hdf5(part):
                 raise ValueError("what came is not the file: wrong SHA-256, or not HDF5")

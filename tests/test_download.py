@@ -216,6 +216,13 @@ def test_seeds_that_start_together_do_not_disturb_each_other(folder, sources):
     assert is_there(folder)
 
 
+def test_a_part_that_another_seed_completes_meanwhile(folder, sources, monkeypatch):
+    """Found, but renamed before its age is looked at."""
+    sources("good", "missing")
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [path / "hopper.hdf5.1.part"])
+    assert len(load_dataset(TASK).rewards) == 2997
+
+
 def test_a_local_file_is_used_as_it_is(folder, sources, content):
     sources("missing", "missing")
     folder.mkdir()
