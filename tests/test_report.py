@@ -300,6 +300,20 @@ def test_curves(grid):
     plt.close(figure)
 
 
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_legend_of_long_names_is_seen_whole(grid, columns):
+    groups, _ = report.group_runs(report.find_runs([str(grid)]))
+    tasks = sorted({group.task for group in groups})[:columns]
+    groups = [group for group in groups if group.task in tasks]
+    for i, group in enumerate(groups):
+        group.label += f" (num_action_samples {i}, guidance_weight 1.0, and what else)"
+    figure = report.draw_curves(groups)
+    figure.canvas.draw()
+    low, high = figure.legends[0].get_window_extent().get_points()
+    assert (low >= 0).all() and (high <= figure.bbox.size).all()
+    plt.close(figure)
+
+
 def test_picture(grid):
     make("runs")
     content = (grid.parent / "report/curves.png").read_bytes()

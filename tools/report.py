@@ -299,7 +299,9 @@ def draw_curves(groups: list[Group]):
     colors = {label: palette(i % palette.N) for i, label in enumerate(labels)}
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    size = (4.4 * columns, 3.2 * rows + 0.4)
+    width = max(6.0, 4.4 * columns)  # inches
+    across = max(1, int(width / (0.6 + 0.08 * max(map(len, labels)))))  # columns of the legend
+    size = (width, 3.2 * rows + 0.2 + 0.2 * math.ceil(len(labels) / across))
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[len(tasks) :]:
         ax.remove()
@@ -319,7 +321,7 @@ def draw_curves(groups: list[Group]):
         ax.set(title=task, xlabel="steps", ylabel="normalized score" if group.unit == "score" else "return")
         ax.grid(alpha=0.3)
     ordered = [lines[label] for label in labels]
-    figure.legend(ordered, labels, loc="outside lower center", ncols=min(2 * columns, len(labels)))
+    figure.legend(ordered, labels, loc="outside lower center", ncols=across, fontsize=9)
     return figure
 
 
