@@ -331,6 +331,8 @@ class Run:
                 for weight in weights if was_used else []:
                     shapes = {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}  # of Adam
                     check_tensors(f"{name} optimizer", optimizer.state[weight], shapes)
+            if self.step >= self.args.total_steps:  # no step is left that would set the learning rates
+                self.agent.set_step(self.step - 1)
             torch.set_rng_state(saved["rng"])
             if self.device.type == "cuda" and saved["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(saved["cuda_rng"], self.device)

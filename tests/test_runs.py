@@ -74,6 +74,18 @@ def test_resume_after_a_crash(finished, script, tmp_path, monkeypatch):
     assert curves_of(folder) == curves_of(finished(script))
 
 
+def test_resume_after_a_crash_in_the_last_evaluation(finished, script, tmp_path, monkeypatch):
+    """No step is left then, which would set the learning rates."""
+    count = len(results_of(finished(script))["evaluations"])
+    before_call(monkeypatch, script, "evaluate", {count: RuntimeError("power cut")})
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path, script)
+    folder = folder_in(tmp_path)
+    assert load(folder)["step"] == load(finished(script))["step"]
+    resume(folder, script)
+    assert_same_run(folder, finished(script))
+
+
 def test_resume_after_ctrl_c_in_an_update(finished, script, tmp_path, monkeypatch, capsys):
     at = {13 + runs.critic_losses_before(script): signal.SIGINT}
     before_call(monkeypatch, runs.agent_class(script), "critic_loss", at)
