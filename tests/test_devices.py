@@ -43,9 +43,12 @@ found = []
 for dtype in (torch.float32, torch.float64):
     a, b = a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
     bias = a[:, :1, :64]
-    products = [a[0] @ b[0], a @ b, torch.addmm(bias[0, 0], a[0], b[0]), torch.baddbmm(bias, a, b)]
+    products = [a[0] @ b[0], a[0, ::2] @ b[0], a[0, :2] @ b[0], a @ b, a[:1].expand(4, -1, -1) @ b]
+    products += [torch.addmm(bias[0, 0], a[0], b[0]), torch.addmm(bias[0, 0], a[0], b[0], beta=2, alpha=3)]
+    products += [torch.baddbmm(bias, a, b)]
     for product in products:
         found += [product.detach(), *torch.autograd.grad(product.square().sum(), (a, b))]
+    found.append(torch.mm(a[0].data, b[0].data, out=torch.empty(256, 64, dtype=dtype)))
 torch.save(found, sys.argv[1])
 """
 
@@ -60,8 +63,8 @@ def test_products_of_onednn(tmp_path):
         env = dict(MATMUL_LIBRARY=library)
         assert finish(python("-c", PRODUCTS, path, cwd=ROOT, env=env)) == (0, "", "")
         found.append(torch.load(path))
-    single, double = ([each[part] for each in found] for part in (slice(12), slice(12, None)))
-    assert len(double[0]) == 12 and any(not torch.equal(*pair) for pair in zip(*single, strict=True))
+    single, double = ([each[part] for each in found] for part in (slice(25), slice(25, None)))
+    assert len(double[0]) == 25 and any(not torch.equal(*pair) for pair in zip(*single, strict=True))
     for one, other in zip(*single, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
     for one, other in zip(*double, strict=True):

@@ -203,7 +203,10 @@ def test_checkpoints_that_cannot_be_used(change, message, finished, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"video": evaluate.Path("line.gif")}, "--video line.gif is not a .mp4 or .png file in a"),
+        (
+            {"video": evaluate.Path("line.gif")},
+            "--video line.gif is not a .mp4 or .png file in a folder that exists",
+        ),
         ({"video": evaluate.Path("none/line.mp4")}, "--video none/line.mp4 is not"),
         ({"device": "tpu"}, "--device tpu is not available"),
         ({"device": "meta"}, "--device meta is not available"),

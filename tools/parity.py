@@ -302,14 +302,14 @@ def draw(curves: Curves, ours: dict[str, dict], path: Path) -> None:
 def main(args: Args) -> None:
     """Train what is not there yet, draw a picture for each file, print one table for all."""
     files = [read_curves(path) for path in args.curves or sorted(GOLDEN.glob("*.json"))]
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {args.output}: {error.strerror}") from error
+    toolbox.pyplot()  # fails, if it does, before minutes of training
+    pictures = [args.output / f"{curves.name}.png" for curves in files]
+    for path in pictures:
+        toolbox.write_output(path, b"")  # so does this
     rows = []
-    for curves in files:
+    for curves, path in zip(files, pictures, strict=True):
         ours = our_curves(curves, args)
-        draw(curves, ours, args.output / f"{curves.name}.png")
+        draw(curves, ours, path)
         rows.append(table(curves, ours))
     print(
         "| script | quantity | step | authors | ours | furthest seed | band |\n|---|---|---|---|---|---|---|"

@@ -5,7 +5,6 @@
 writes report/report.md and report/curves.png; the same runs give the same bytes.
 """
 
-import io
 import json
 import math
 import os
@@ -329,12 +328,10 @@ def main(args: Args) -> None:
     groups, problems = group_runs(find_runs(args.folders))
     if not groups:
         raise UserError("no finished and evaluated run:\n  " + "\n  ".join(problems))
-    figure, picture = draw_curves(groups), io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
-    toolbox.pyplot().close(figure)
+    picture = toolbox.png(draw_curves(groups), dpi=120)
     text = write_report(groups, problems, args.folders).encode(errors="surrogateescape")
     output = user_path(args.output)
-    toolbox.write_output(output / "curves.png", picture.getvalue())
+    toolbox.write_output(output / "curves.png", picture)
     toolbox.write_output(output / "report.md", text)
     for problem in problems:
         print(f"  {problem}")

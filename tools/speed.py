@@ -23,7 +23,7 @@ from statistics import median
 from typing import Annotated
 
 import toolbox
-from common.devices import accelerated, default_threads, use_device
+from common.devices import about_processor, accelerated, default_threads, use_device
 from common.runs import run_command
 from common.settings import Positive, check_bounds, parse_args
 from common.tasks import UserError
@@ -143,8 +143,7 @@ def processor() -> str:
     """The GPU, or vendor and model of the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    found = re.findall(r"^(?:vendor_id|model name)\s*: (.+)", info.read_text(), re.M) if info.exists() else []
+    found = re.findall(r"^(?:vendor_id|model name)\s*: (.+)", about_processor(), re.M)
     return " ".join(found[:2]) or platform.machine()
 
 

@@ -159,13 +159,15 @@ def pyplot() -> ModuleType:
     return plt
 
 
-def png(figure, num_colors: int) -> bytes:
-    """The figure as a PNG of few colours, which are enough for lines and take little space."""
+def png(figure, dpi: int = 90, num_colors: int | None = None) -> bytes:
+    """The figure as a PNG, the same bytes each time; few colours suffice for lines, and take less space."""
     from PIL import Image  # brought by matplotlib
 
     picture, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(picture, format="png", dpi=90)
+    figure.savefig(picture, format="png", dpi=dpi, metadata={"Software": None})
     pyplot().close(figure)
+    if num_colors is None:
+        return picture.getvalue()
     Image.open(picture).convert("RGB").quantize(num_colors).save(small, format="png", optimize=True)
     return small.getvalue()
 
