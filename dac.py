@@ -228,7 +228,7 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float | Tensor) -> 
 
 
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to a joint norm of max_norm, exactly, if it is above; returns the norm before."""
+    """Scale gradients whose joint norm is above max_norm down to it, exactly; returns the norm before."""
     gradients = [parameter.grad for parameter in parameters]
     norm = torch.nn.utils.get_total_norm(gradients)
     torch._foreach_mul_(gradients, (max_norm / norm).clamp(max=1.0))
@@ -293,12 +293,12 @@ class DAC(nn.Module):
         """Fresh random numbers for one update."""
         num_steps, device = self.args.diffusion_steps, self.device
         next_rows = batch_size * self.args.num_q_samples
-        rows = batch_size if self.args.q_guidance == "denoised" else 0
+        chain_rows = batch_size if self.args.q_guidance == "denoised" else 0
         return Draws(
             next_action_noise=torch.randn(num_steps, next_rows, self.action_dim, device=device),
             t=torch.randint(1, num_steps + 1, (batch_size,), device=device),
             eps=torch.randn(batch_size, self.action_dim, device=device),
-            action_noise=torch.randn(num_steps, rows, self.action_dim, device=device),
+            action_noise=torch.randn(num_steps, chain_rows, self.action_dim, device=device),
         )
 
     def sample(self, actor: DACNoisePredictor, obs: Tensor, noise: Tensor) -> Tensor:
@@ -329,16 +329,16 @@ class DAC(nn.Module):
     def actor_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """eta mean (eps_theta(s, x_t, t) - eps)^2 + guidance, with x_t a noisy action of the data."""
         x_t = add_noise(batch.action, draws.t, draws.eps, self.alpha_bar)  # (batch, action_dim)
-        eps = self.actor(batch.obs, x_t, draws.t)  # (batch, action_dim)
-        bc_loss = F.mse_loss(eps, draws.eps)
+        eps_theta = self.actor(batch.obs, x_t, draws.t)  # (batch, action_dim)
+        bc_loss = F.mse_loss(eps_theta, draws.eps)
         loss, metrics = self.eta * bc_loss, {"bc_loss": bc_loss, "eta": self.eta.clone()}
         if self.args.q_guidance != "none":  # D10
-            metrics |= self.guidance(batch, draws, x_t, eps)
+            metrics |= self.guidance(batch, draws, x_t, eps_theta)
             loss = loss + metrics["guidance_loss"]
         return loss, {"actor_loss": loss} | metrics
 
-    def guidance(self, batch: Batch, draws: Draws, x_t: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        """The loss that raises Q by way of eps_theta, predicted at x_t, and metrics. Divisors have + EPS.
+    def guidance(self, batch: Batch, draws: Draws, x_t: Tensor, eps_theta: Tensor) -> dict[str, Tensor]:
+        """The guidance term, by which eps_theta raises Q, and metrics; every divisor has + EPS.
 
         soft      mean sqrt(1 - alpha_bar_t) G eps_theta with G = grad_x mean_h Q'_h(s, x_t) / mean |Q'(s, a)|
         hard      mean G eps_theta
@@ -354,7 +354,7 @@ class DAC(nn.Module):
             gradient = torch.autograd.grad(q.sum(), x_t)[0] / (q_norm + EPS)  # (batch, action_dim); D2
             if self.args.q_guidance == "soft":
                 gradient = (1 - self.alpha_bar[draws.t]).sqrt().unsqueeze(1) * gradient
-            loss = (gradient * eps).mean()
+            loss = (gradient * eps_theta).mean()
         return {"guidance_loss": loss, "q_norm": q_norm}
 
     def descend(self, name: str, loss: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -366,7 +366,7 @@ class DAC(nn.Module):
         return metrics | {f"{name}_grad_norm": grad_norm}
 
     def update_actor(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """One gradient step of the actor, one of eta; the target actor follows where its rate is not 0."""
+        """One step of the actor, then of eta, then of the target actor, whose rate actor_tau is mostly 0."""
         metrics = self.descend("actor", *self.actor_loss(batch, draws))
         if self.args.eta_lr > 0:
             violation = (metrics["bc_loss"].detach() - self.args.bc_threshold).clamp(-1, 1)  # D3
@@ -401,7 +401,7 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
     """One episode in each env, side by side, seeded EVAL_SEED, EVAL_SEED + 1, ... at every call.
 
     One batched act() serves all episodes still running. The random state of the training is left as it was.
-    KeyboardInterrupt: Ctrl-C was pressed.
+    KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP asked for the end.
     """
     returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs)), np.ones(len(envs), dtype=bool)
     with torch.random.fork_rng(devices=[agent.device] if agent.device.type == "cuda" else []):

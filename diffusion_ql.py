@@ -390,7 +390,7 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
     """One episode in each env, side by side, seeded EVAL_SEED, EVAL_SEED + 1, ... at every call.
 
     One batched act() serves all episodes still running. The random state of the training is left as it was.
-    KeyboardInterrupt: Ctrl-C was pressed.
+    KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP asked for the end.
     """
     returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs)), np.ones(len(envs), dtype=bool)
     with torch.random.fork_rng(devices=[agent.device] if agent.device.type == "cuda" else []):

@@ -67,7 +67,7 @@ class Args:
     alpha: NonNegative[float] = 1.0  # weight of the trust region loss
     q_weight: NonNegative[float] = 1.0  # weight of Q in the policy's loss; 0 is behaviour cloning
     nll_weight: NonNegative[float] = 0.0  # weight of -ln pi(a|s) in the policy's loss; the authors' gamma
-    expectile: UnitInterval[float] = 0.7  # of Q that V regresses on, tau
+    expectile: UnitInterval[float] = 0.7  # of Q that V regresses on; the paper's tau
     actor_lr: NonNegative[float] = 3e-4  # learning rate of the denoiser and of the policy
     critic_lr: NonNegative[float] = 3e-4  # learning rate of the critics and of V
     lr_decay: bool = False  # let the learning rates fall to 0 along a cosine, from step 0 on
@@ -76,7 +76,7 @@ class Args:
 
 
 # fmt: off
-# From the hyperparameters of the official code, its epochs of 1,000 steps.
+# The hyperparameters of the official code, in which an epoch is 1,000 steps.
 ANTMAZE = dict(eval_episodes=100, batch_size=2048, nll_weight=1.0, expectile=0.9, reward_tune="iql_antmaze")
 ADROIT = dict(eval_episodes=100, alpha=1500.0)
 KITCHEN = dict(eval_episodes=100, lr_decay=True)
@@ -114,13 +114,13 @@ TASK_SETTINGS = {
     "bandit-8gaussians-v0": BANDIT | dict(nll_weight=3.0),
 }
 # fmt: on
-for maze in [name for name in TASK_SETTINGS if name.startswith("antmaze-")]:  # six tasks each, set alike
+for maze in [name for name in TASK_SETTINGS if name.startswith("antmaze-")]:  # their -v2 are set alike
     TASK_SETTINGS[maze.replace("-v0", "-v2")] = TASK_SETTINGS[maze]
 
 
 # === Diffusion ===
 def sigma_quantile(u: Tensor) -> Tensor:
-    """The noise level below which a share u of them lies.
+    """The noise level (batch,) below which a share u (batch,) of all noise levels lies.
 
     P(sigma < x) = 1 / (1 + (SIGMA_DATA / x)^2), log-logistic, cut off at SIGMA_MIN and SIGMA_MAX.
     """
@@ -295,7 +295,7 @@ class DTQL(nn.Module):
             optimizer.param_groups[0]["lr"].fill_(lr * decay)
 
     def draw_noise(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """A noise level and a noise for each action of a batch."""
+        """Noise levels (batch,) and noises (batch, action_dim) for the actions of a batch."""
         u = torch.rand(batch_size, dtype=torch.float64, device=self.device)  # (batch,)
         return sigma_quantile(u).float(), torch.randn(batch_size, self.action_dim, device=self.device)  # D7
 
@@ -315,9 +315,9 @@ class DTQL(nn.Module):
         return ((denoised - action) / c_out).square().mean()
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """mean |tau - 1(A < 0)| A^2 + sum_k mean (Q_k(s, a) - y)^2 with y = r + gamma (1 - d) V(s').
+        """mean |expectile - 1(A < 0)| A^2 + sum_k mean (Q_k(s, a) - y)^2 with y = r + gamma (1 - d) V(s').
 
-        A = min_k Q_k(s, a) - V(s); tau is expectile. The first term trains V, the second the critics.
+        A = min_k Q_k(s, a) - V(s). The first term trains V, the second the critics.
         """
         q = self.critic(batch.obs, batch.action)  # (2, batch)
         v = self.value(batch.obs)  # (batch,)
@@ -379,7 +379,7 @@ class DTQL(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
-        """One of its samples for each of obs (batch, obs_dim), drawn by softmax of min_k Q'_k(s, a)."""
+        """For each of obs (batch, obs_dim) one of n samples of the policy, by softmax of min_k Q'_k(s, a)."""
         n = self.args.num_action_samples
         if noise is None:
             noise = torch.randn(len(obs), n, self.action_dim, device=self.device)  # (batch, n, action_dim)
@@ -396,7 +396,7 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
     """One episode in each env, side by side, seeded EVAL_SEED, EVAL_SEED + 1, ... at every call.
 
     One batched act() serves all episodes still running. The random state of the training is left as it was.
-    KeyboardInterrupt: Ctrl-C was pressed.
+    KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP asked for the end.
     """
     returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs)), np.ones(len(envs), dtype=bool)
     with torch.random.fork_rng(devices=[agent.device] if agent.device.type == "cuda" else []):

@@ -42,7 +42,7 @@ EVAL_SEED = 10_000  # evaluation episodes are seeded EVAL_SEED, EVAL_SEED + 1, .
 # === Args ===
 @dataclass
 class Args:
-    """The paper's scale for locomotion, else the code's values; a task's row replaces some of them."""
+    """The paper's values for locomotion, else the official code's; a task's row replaces some of them."""
 
     env_id: str = "hopper-mini-v0"  # task: a D4RL name, a Minari id, hopper-mini-v0 or bandit-<pattern>-v0
     dataset: str | None = None  # an HDF5 path or Minari id to read instead of the task's own transitions
@@ -201,8 +201,8 @@ class SolverCall(NamedTuple):
 def dpm_solver_plan(schedule: Schedule, num_calls: int) -> list[list[SolverCall]]:
     """The steps of DPM-Solver (Lu et al. 2022, third order, singlestep) from timestep T to 1, evenly spaced.
 
-    A step of order m makes m network calls. All steps have order 3 but the last one or two, so that there are
-    num_calls. From s, where a step begins, a call leads on to t, with h the growth of log(alpha / sigma), by
+    A step of order m makes m network calls; all but the last one or two have order 3. From s, where a step
+    begins, a call leads on to t. With alpha^2 = alpha_bar = 1 - sigma^2 and h the growth of log(alpha/sigma)
         x_t = alpha_t / alpha_s x_s - sigma_t (e^h - 1) eps_s - change_weight (eps - eps_s).
     UserError: there are too few timesteps.
     """
@@ -230,10 +230,8 @@ def dpm_solver_plan(schedule: Schedule, num_calls: int) -> list[list[SolverCall]
     return plan
 
 
-def dpm_sample(
-    predict_noise: Callable, x: Tensor, schedule: Schedule, plan: list[list[SolverCall]]
-) -> Tensor:
-    """DPM-Solver from the noise x = x_T (batch, action_dim); x_0 is predicted within [-1, 1]."""
+def dpm_sample(predict_noise: Callable, x: Tensor, schedule: Schedule, plan: list[list]) -> Tensor:
+    """DPM-Solver along a dpm_solver_plan, from x = x_T (batch, action_dim); x_0 is kept within [-1, 1]."""
     for step in plan:
         x_start = x
         for call in step:
@@ -330,7 +328,7 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float | Tensor) -> 
 
 
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to a joint norm of max_norm, exactly, if it is above; returns the norm before."""
+    """Scale gradients whose joint norm is above max_norm down to it, exactly; returns the norm before."""
     gradients = [parameter.grad for parameter in parameters]
     norm = torch.nn.utils.get_total_norm(gradients)
     torch._foreach_mul_(gradients, (max_norm / norm).clamp(max=1.0))
@@ -359,7 +357,7 @@ class Batch(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Every random number of one EDP update."""
+    """Every random number of one EDP update; noise_steps is T for ddpm, 1 for dpm, which adds none."""
 
     next_action_noise: Tensor  # (noise_steps, batch, action_dim)
     t: Tensor  # (batch,), uniform in 1..T
@@ -456,7 +454,7 @@ class EDPTD3(nn.Module):
         return loss, metrics | {"q_weight": q_weight}
 
     def descend(self, name: str, loss: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One optimizer step; adds the gradient norm before clipping, of the critics the mean."""
+        """One optimizer step; adds the gradient norm before clipping (of the critics: their mean)."""
         self.optimizers[name].zero_grad()
         loss.backward()
         clip = clip_by_member_norm if name == "critic" else clip_by_global_norm  # D3
@@ -493,7 +491,7 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
     """One episode in each env, side by side, seeded EVAL_SEED, EVAL_SEED + 1, ... at every call.
 
     One batched act() serves all episodes still running. The random state of the training is left as it was.
-    KeyboardInterrupt: Ctrl-C was pressed.
+    KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP asked for the end.
     """
     returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs)), np.ones(len(envs), dtype=bool)
     with torch.random.fork_rng(devices=[agent.device] if agent.device.type == "cuda" else []):

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from common.tasks import UserError
@@ -108,8 +109,9 @@ def mish(x: Tensor) -> Tensor:
     return CPUMish.apply(x)
 
 
+@cache
 def has_compiler() -> bool:
-    """Whether torch.compile finds the C++ compiler that it needs; says so where it does not."""
+    """Whether torch.compile finds the C++ compiler that it needs; says so, once, where it does not."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -127,7 +129,7 @@ def accelerated(
     """The same update: losses compiled with --compile, on a GPU captured whole in a CUDA graph."""
     if args.compile and has_compiler():
         for name in dir(agent):
-            if name.endswith("_loss"):
+            if name.endswith("_loss") and name not in vars(agent):  # not compiled yet, for another update
                 setattr(agent, name, torch.compile(getattr(agent, name)))
     if args.cuda_graph and agent.device.type == "cuda":
         from common.cuda_graphs import cuda_graphed

@@ -177,9 +177,7 @@ class Run:
         config = {"script": self.script, "args": asdict(self.args), "sources": self.sources}
         config |= describe_machine(self.device)
         if not self.checkpoint:
-            now = datetime.now().strftime(
-                "%Y%m%d-%H%M%S-%f"
-            )  # runs that start together have their own folders
+            now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # runs that start together have own folders
             name = f"{self.args.env_id.replace('/', '-')}__{self.script}__{self.args.seed}__{now}"
             self.folder = user_path(self.args.run_dir) / name
         try:

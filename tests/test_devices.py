@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import dac
-from common.devices import about_processor, matmul_library
+import dtql
+from common.devices import about_processor, has_compiler, matmul_library
 from common.tasks import UserError
 
 import numpy as np
@@ -22,11 +23,14 @@ def test_compiled_losses(script, finished, tmp_path):
     np.testing.assert_allclose(list(losses[0].values()), list(losses[1].values()), rtol=1e-3, atol=1e-5)
 
 
-def test_no_compiler(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    folder = train(tmp_path, dac, compile=True)
-    assert "--compile needs a C++ compiler, and finds none" in capsys.readouterr().out
-    assert_same_run(folder, finished(dac))
+@pytest.mark.parametrize("script", [dac, dtql])  # dtql has two updates
+def test_no_compiler(script, finished, tmp_path, capsys):
+    has_compiler.cache_clear()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        folder = train(tmp_path, script, compile=True)
+    has_compiler.cache_clear()
+    assert capsys.readouterr().out.count("--compile needs a C++ compiler, and finds none") == 1
+    assert_same_run(folder, finished(script))
 
 
 # --- Matrix products ---

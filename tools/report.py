@@ -56,7 +56,7 @@ Thick: mean over the seeds; shaded: its 95 % bootstrap interval; thin: each seed
 class Args:
     """A table of scores and learning curves of all runs in some folders."""
 
-    folders: Annotated[list[str], tyro.conf.Positional]  # searched for results.json, at any depth
+    folders: Annotated[list[str], tyro.conf.Positional]  # searched for runs, at any depth
     output: str = "report"  # folder for report.md and curves.png
 
 
