@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from runs import AGENTS, ROOT, finish, python
 
 TINY = {name: settings for name, (_, settings) in AGENTS.items()}
-NUM_PANELS = dict(diffusion_ql_corners=3, dtql_trust_region=12, dtql_policy=8, dac_guidance=8)
+NUM_PANELS = dict(diffusion_ql_corners=3, dtql_trust_region=12, dtql_policy=8, dac_guidance=4)
 NUM_PANELS |= dict(edp_samplers=7, qvpo_entropy=12, bandits=28)
 
 

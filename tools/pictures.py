@@ -197,38 +197,32 @@ def dtql_policy(seed: int):
 
 def dac_guidance(seed: int):
     """Soft, hard and denoised guidance over the level curves of Q, after DAC's Figure 2."""
-    tasks, kinds = ("bandit-corners-v0", "bandit-swissroll-far-v0"), ("soft", "hard", "denoised")
-    figure, panels = grid(len(tasks), 1 + len(kinds))
-    for row, task in zip(panels, tasks, strict=True):
-        draw_data(row[0], task)
-        for panel, kind in zip(row[1:], kinds, strict=True):
-            agent = trained("dac", task, seed, q_guidance=kind)
-            with torch.no_grad():
-                actions = torch.as_tensor(SURFACE, dtype=torch.float32)
-                q = agent.critic_target(torch.zeros(len(actions), 1), actions).mean(0).view(101, 101)
-            panel.contour(LINE, LINE, q, levels=8, cmap="viridis", linewidths=0.6)
-            draw_policy(panel, task, samples(agent), f"{kind}, reward")
+    task, kinds = "bandit-corners-v0", ("soft", "hard", "denoised")
+    figure, [panels] = grid(1, 1 + len(kinds))
+    draw_data(panels[0], task)
+    for panel, kind in zip(panels[1:], kinds, strict=True):
+        agent = trained("dac", task, seed, q_guidance=kind)
+        with torch.no_grad():
+            actions = torch.as_tensor(SURFACE, dtype=torch.float32)
+            q = agent.critic_target(torch.zeros(len(actions), 1), actions).mean(0).view(101, 101)
+        panel.contour(LINE, LINE, q, levels=8, cmap="viridis", linewidths=0.6)
+        draw_policy(panel, task, samples(agent), f"{kind}, reward")
     return figure
 
 
 def edp_samplers(seed: int):
     """DPM-Solver on a policy of 1000 steps, and DDPM on policies of so many steps as it makes calls."""
-    task, (figure, panels) = "bandit-swissroll-v0", grid(2, 1 + len(CALLS))
-    cloning = dict(guidance_weight=0.0, total_steps=4000)
+    task, (figure, panels) = "bandit-corners-v0", grid(2, 1 + len(CALLS))
+    cloning = dict(guidance_weight=0.0, total_steps=4000, hidden_dims=(128, 128, 128), actor_lr=1e-3)
     long = trained("edp_iql", task, seed, diffusion_steps=1000, noise_schedule="linear", **cloning)
-    edp = toolbox.load_script("edp_iql")
     draw_data(panels[0, 0], task, "data")
     panels[1, 0].remove()
     for calls, (above, below) in zip(CALLS, panels[:, 1:].T, strict=True):
-        long.plan = edp.dpm_solver_plan(long.schedule, calls)
-        draw_policy(above, task, samples(long), f"DPM-Solver, {calls} calls, reward")
+        long.plan = toolbox.load_script("edp_iql").dpm_solver_plan(long.schedule, calls)
+        draw_policy(above, task, samples(long), f"DPM-Solver, {calls} calls\nreward")
         few = dict(diffusion_steps=calls, noise_schedule="vp" if calls < 100 else "linear", sampler="ddpm")
-        draw_policy(
-            below,
-            task,
-            samples(trained("edp_iql", task, seed, **few, **cloning)),
-            f"DDPM, {calls} calls, reward",
-        )
+        actions = samples(trained("edp_iql", task, seed, **few, **cloning))
+        draw_policy(below, task, actions, f"DDPM, {calls} calls\nreward")
     return figure
 
 
