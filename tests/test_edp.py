@@ -1,9 +1,6 @@
 """The EDP scripts piece by piece against tests/reference.py, closed forms, and a task they must learn."""
 
 import math
-import subprocess
-from itertools import combinations
-from pathlib import Path
 
 import edp_crr
 import edp_iql
@@ -17,7 +14,6 @@ import reference
 import torch
 from agents import TASK, check_act_by_softmax, random_batch, sampled_actions
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = {edp_td3: edp_td3.EDPTD3, edp_crr: edp_crr.EDPCRR, edp_iql: edp_iql.EDPIQL}
 MEAN = 0.3  # of the Gaussian data of the samplers' tests
 X_T = torch.tensor(
@@ -356,17 +352,3 @@ def test_behaviour_cloning_learns_all_modes_in_proportion(tmp_path, monkeypatch)
     frequency = np.linspace(2, 1, 4) / np.linspace(2, 1, 4).sum()
     np.testing.assert_allclose(np.bincount(modes) / len(modes), frequency, atol=0.1)
     assert (np.linalg.norm(actions - BANDITS[TASK][modes], axis=1) < 0.25).mean() > 0.7
-
-
-# --- The page ---
-PAGE = (ROOT / "docs" / "edp.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("first", "second"), list(combinations(("edp_td3.py", "edp_crr.py", "edp_iql.py"), 2))
-)
-def test_the_page_says_how_many_lines_differ(first, second):
-    """Counted in the output of diff: lines taken away and lines added."""
-    shown = subprocess.run(["diff", first, second], cwd=ROOT, capture_output=True, text=True).stdout
-    changed = sum(line[0] in "<>" for line in shown.splitlines())
-    assert f"| `diff {first} {second}` | {changed} |" in PAGE
