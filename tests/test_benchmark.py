@@ -12,7 +12,6 @@ import threading
 
 import toolbox
 from common import runs as common_runs
-from common.settings import check_bounds
 from common.tasks import D4RL_TASKS, UserError
 
 import benchmark
@@ -373,12 +372,6 @@ def test_a_script_or_folder_that_is_no_use(counter, capsys):
     (toolbox.ROOT / "counter.py").write_text("\ndef train(:\n")
     with pytest.raises(UserError, match="counter.py cannot be imported: SyntaxError: "):
         run(counter)
-
-
-@pytest.mark.parametrize(("name", "value"), [("retries", -1), ("gpus_per_run", float("nan")), ("seeds", ())])
-def test_numbers_out_of_range(name, value):
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is "):
-        check_bounds(Args(["dac"], [TASK], **{name: value}))
 
 
 def test_without_ray(monkeypatch, tmp_path):

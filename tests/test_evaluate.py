@@ -4,7 +4,6 @@ import os
 import re
 
 from common.envs import make_env
-from common.settings import check_bounds
 from common.tasks import UserError
 
 import evaluate
@@ -216,8 +215,3 @@ def test_checkpoints_that_cannot_be_used(change, message, finished, tmp_path):
 def test_mistakes(options, message, finished):
     with pytest.raises(UserError, match=message):
         score(finished, **options)
-
-
-def test_numbers_out_of_range(finished):
-    with pytest.raises(UserError, match="--episodes is 0; it must be"):
-        check_bounds(evaluate.Args(finished, episodes=0))
