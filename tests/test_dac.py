@@ -115,18 +115,6 @@ def test_nothing_is_drawn_or_computed_for_guidance_that_is_off(monkeypatch):
     agent.actor_loss(batch, draws)
 
 
-def test_gradients_stay_where_they_belong():
-    """Neither loss computes gradients for a network that it does not train."""
-    agent, batch = small_agent(q_guidance="denoised"), random_batch(dac)
-    agent.descend("critic", *agent.critic_loss(batch, agent.draw(5)))
-    assert all(parameter.grad is None for parameter in agent.actor.parameters())
-    agent.critic.zero_grad()
-    agent.update_actor(batch, agent.draw(5))
-    assert all(parameter.grad is not None for parameter in agent.actor.parameters())
-    for network in (agent.critic, agent.critic_target, agent.actor_target):
-        assert all(parameter.grad is None for parameter in network.parameters())
-
-
 def test_target_actor_moves_every_fifth_step_after_the_first_thousand():
     agent = small_agent()
     moved = [step for step in range(998, 1021) if agent.set_step(step) or agent.actor_tau > 0]

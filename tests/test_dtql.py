@@ -170,29 +170,6 @@ def test_log_std_is_clamped():
 
 
 # --- Updates ---
-def test_gradients_stay_where_they_belong():
-    """No step computes gradients for a network that it does not train."""
-    agent, batch = small_agent(nll_weight=1.0), random_batch(dtql)
-    draws = agent.draw(5)
-    bc_loss = agent.diffusion_loss(batch.action, batch.obs, draws.bc_sigma, draws.bc_noise)
-    losses = {"critic": agent.critic_loss(batch), "denoiser": (bc_loss, {})}
-    losses |= {"actor": agent.actor_loss(batch, draws)}
-    trained = {"critic": {"critic", "value"}, "denoiser": {"denoiser"}, "actor": {"actor"}}
-    for name, loss in losses.items():
-        with_gradient = set()
-
-        def step(with_gradient=with_gradient):
-            for network, module in agent.named_children():
-                given = [parameter.grad is not None for parameter in module.parameters()]
-                assert all(given) or not any(given)
-                with_gradient |= {network} if any(given) else set()
-
-        agent.zero_grad()
-        agent.optimizers[name].step = step
-        agent.descend(name, *loss)
-        assert with_gradient == trained[name]
-
-
 def test_pretraining():
     """Denoiser, critics and V learn, nothing else moves."""
     agent, data = small_agent(batch_size=5), random_batch(dtql, 50)

@@ -285,27 +285,6 @@ def test_without_action_approximation_the_gradient_runs_through_the_chain(sample
     assert all(parameter.grad.abs().sum() > 0 for parameter in agent.actor.layers.parameters())
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_gradients_stay_where_they_belong(script):
-    """No loss computes gradients for a network that it does not train."""
-    agent, batch = small_agent(script), random_batch(script)
-    draws, seen = agent.draw(5), []
-
-    def descend(trained, loss, metrics):
-        seen.append(trained)
-        agent.zero_grad()
-        loss.backward()
-        for name, network in agent.named_children():
-            gradients = [parameter.grad is not None for parameter in network.parameters()]
-            assert all(gradients) if name == trained else not any(gradients), (trained, name)
-        return metrics
-
-    agent.descend, agent.draw = descend, lambda batch_size: draws
-    agent.args.batch_size = 5
-    agent.update(batch)
-    assert seen == (["value"] if script is edp_iql else []) + ["actor", "critic"]
-
-
 # --- Updates ---
 @pytest.mark.parametrize("script", [edp_td3, edp_crr])
 def test_target_actor_moves_every_fifth_step_after_the_first_thousand(script):

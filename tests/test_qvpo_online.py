@@ -169,21 +169,6 @@ def test_initial_weights():
 
 
 # --- The update ---
-def test_gradients_stay_where_they_belong():
-    """Neither update computes gradients for a network that it does not train."""
-    agent, batch = small_agent(), batch_of()
-    draws = agent.draw(BATCH)
-    agent.descend("critic", *agent.critic_loss(batch, draws))
-    assert all(parameter.grad is None for parameter in agent.actor.parameters())
-    agent.critic.zero_grad()
-    before = [parameter.clone() for parameter in agent.actor.parameters()]
-    metrics = agent.descend("actor", *agent.actor_loss(batch.obs, draws))
-    pairs = zip(before, agent.actor.parameters(), strict=True)
-    assert metrics["actor_grad_norm"] > 0 and all(not torch.equal(old, new) for old, new in pairs)
-    for network in (agent.critic, agent.critic_target, agent.actor_target):
-        assert all(parameter.grad is None for parameter in network.parameters())
-
-
 def test_update_draws_two_batches_from_what_is_stored(monkeypatch):
     agent, seen = small_agent(batch_size=500), []
     data = Batch(*(torch.full((100, *column.shape[1:]), math.nan) for column in batch_of()))
