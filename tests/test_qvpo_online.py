@@ -1,9 +1,7 @@
 """qvpo_online.py piece by piece against tests/reference.py; its memory, time limits, tasks it must learn."""
 
 import math
-import os
 import re
-from pathlib import Path
 
 import qvpo_online
 from common.bandits import Bandit
@@ -359,27 +357,6 @@ def test_an_episode_that_cannot_be_played_again(env, capacity, tmp_path, capsys)
 
 
 # --- Whole runs ---
-def test_the_replay_is_on_the_disk_before_the_checkpoint_is_written(tmp_path, monkeypatch):
-    """replay.bin is brought there whole, by fsync; then checkpoint.pt, which counts on it, gets its name."""
-    events, fsync, replace = [], os.fsync, Path.replace
-
-    def recorded_fsync(file):
-        fsync(file)
-        events.append((Path(os.readlink(f"/proc/self/fd/{file}")).name, os.fstat(file).st_size))
-
-    def recorded_replace(path, target):
-        events.append((target.name, "renamed"))
-        return replace(path, target)
-
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(Path, "replace", recorded_replace)
-    train(tmp_path, qvpo_online, save_every=8, total_steps=16)
-    written, row_bytes = ("checkpoint.pt", "renamed"), 4 * (1 + 2 + 1 + 1 + 1)
-    found = [event for event in events if event[0] == "replay.bin" or event == written]
-    sizes = [8 * row_bytes, 16 * row_bytes, 16 * row_bytes]  # of the first, of the last step, and at the end
-    assert found == [event for size in sizes for event in [("replay.bin", size), written]]
-
-
 def test_what_is_no_number_is_never_stored(tmp_path, monkeypatch):
     """A NaN before learning starts ends the run; what it saves can be resumed."""
     original, offsets = Bandit.step, iter([0.0, 0.0, math.nan])
