@@ -119,7 +119,7 @@ def assert_same_run(folder, other):
 
 
 def write_records(folder, script, args, config=None, **results):
-    """A folder with the config.json and results.json of a run; at the end of 5 steps, if not told otherwise."""
+    """A folder with config.json and results.json of a run; at the end of 5 steps, if not told otherwise."""
     known = {"format": FORMAT, "step": 5, "total_steps": 5, "finished": True, "evaluations": []}
     known |= {"data": None, "data_mean": {"return": None, "score": None}, "train_seconds": 360.0}
     folder.mkdir(parents=True)
