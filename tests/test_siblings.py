@@ -39,15 +39,9 @@ def test_edp_agents_differ_in_the_improvement_only():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (
-            "x_t: Tensor, t: Tensor) -> Tensor:",
-            "x_t: Tensor, t: int) -> Tensor:",
-            "DACNoisePredictor differs",
-        ),
         ("# mean of q(x_{t-1} | x_t, x_0)", "# the mean", "ddpm_sample differs"),
         ("EPS = 1e-6", "EPS = 1e-8", "EPS differs"),
         ("= 0.99  # discount", "= 0.9  # discount", "Args.gamma differs"),
-        ("# seed of initial", "# of initial", "Args.seed differs"),
         ("# === Evaluation ===\n", "", "other sections than"),
         ("    run_dir: str", "    run_folder: str", "other first fields in Args than"),
         ("@torch.no_grad()\n    def act", "def act", ""),  # the agent is the algorithm
