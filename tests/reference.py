@@ -25,15 +25,6 @@ def scaled_linear_schedule(num_steps):
     return [0.0] + [min(1000 / num_steps * beta, 0.999) for beta in line]
 
 
-def cosine_schedule(num_steps, s=0.008):
-    """alpha_bar_t = f(t) / f(0) with f(t) = cos^2(pi / 2 (t / T + s) / (1 + s)), and beta_t at most 0.999."""
-
-    def f(t):
-        return math.cos(math.pi / 2 * (t / num_steps + s) / (1 + s)) ** 2
-
-    return [0.0] + [min(1 - f(t) / f(t - 1), 0.999) for t in range(1, num_steps + 1)]
-
-
 def alpha_bars(betas):
     products, product = [], 1.0
     for beta in betas:
@@ -57,21 +48,6 @@ def posterior(x_0, x_t, t, betas):
     likelihood_mean, likelihood_variance = x_t / math.sqrt(1 - betas[t]), betas[t] / (1 - betas[t])
     precision = 1 / prior_variance + 1 / likelihood_variance
     return (prior_mean / prior_variance + likelihood_mean / likelihood_variance) / precision, 1 / precision
-
-
-def unexplained_variance(alpha_bar, std):
-    """Var[x_0 | x_t] where x_0 has the standard deviation std."""
-    return 1 / (1 / std**2 + alpha_bar / (1 - alpha_bar)) if alpha_bar < 1 else 0.0
-
-
-def best_noise(alpha_bar, mean, std):
-    """E[eps | x_t] where x_0 is N(mean, std^2): the minimiser of the noise regression."""
-
-    def predict(x, t):
-        variance = alpha_bar[t] * std**2 + 1 - alpha_bar[t]
-        return math.sqrt(1 - alpha_bar[t]) * (x - math.sqrt(alpha_bar[t]) * mean) / variance
-
-    return predict
 
 
 def dpm_solver(predict_noise, x, betas, num_calls, t_end, clip):
@@ -161,18 +137,6 @@ def mish(x):
     return x * math.tanh(math.log1p(math.exp(x)))
 
 
-def log_logistic_share(sigma, low, high, median):
-    """Share of the noise levels below sigma: ln sigma is logistic around ln median with scale 1/2, cut off at
-    low and high. Its density, integrated by the trapezoidal rule."""
-
-    def mass(end):
-        logs = np.linspace(math.log(low), math.log(end), 20_001)
-        z = (logs - math.log(median)) / 0.5
-        return np.trapezoid(1 / (np.exp(z / 2) + np.exp(-z / 2)) ** 2, logs) if end > low else 0.0
-
-    return mass(sigma) / mass(high)
-
-
 def preconditioning(sigma, sigma_data):
     """c_skip, c_out, c_in: the best linear guess of x from x + sigma z where x has standard deviation
     sigma_data, the standard deviation of what it leaves, and one over that of x + sigma z."""
@@ -188,28 +152,5 @@ def sinusoidal(t, size):
     return np.array([math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles])
 
 
-def layer_norm(x, scale, shift):
-    mean = sum(x) / len(x)
-    std = math.sqrt(sum((value - mean) ** 2 for value in x) / len(x) + 1e-5)
-    return [a * (value - mean) / std + b for value, a, b in zip(x, scale, shift, strict=True)]
-
-
-def expectile_error(gap, expectile):
-    return (expectile if gap > 0 else 1 - expectile) * gap**2
-
-
 def normal_log_density(value, mean, std):
     return math.log(math.exp(-((value - mean) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi)))
-
-
-def best_candidate(actions, q):
-    """The action with the highest of its critics' lowest values; q[h][j] is critic h's value of action j."""
-    lowest = [min(of_action) for of_action in zip(*q, strict=True)]
-    return actions[lowest.index(max(lowest))]
-
-
-def q_weight(name, q, value, cut):
-    """QVPO's weight of one action, whose state's candidates have the mean q `value`."""
-    if name == "qadv":
-        return q - value if q > value else 0.0
-    return q if q > cut else cut

@@ -92,3 +92,16 @@ def check_anatomy(path):
     if list(named_statements(path, "Args"))[: len(fields)] != fields:
         messages.append(f"{path.name} has other first fields in Args than {', '.join(fields)}")
     return messages
+
+
+def loaded_with(path):
+    """A script and the files of common/ that are loaded when it is imported; what functions import is not."""
+    found = {path, ROOT / "common" / "__init__.py"}
+    for node in parsed(path).body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("common."):
+            found |= loaded_with(ROOT / f"{node.module.replace('.', '/')}.py")
+    return found
+
+
+def count_lines(paths):
+    return sum(len(path.read_text().splitlines()) for path in paths)

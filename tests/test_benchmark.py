@@ -12,14 +12,13 @@ import threading
 
 import toolbox
 from common import runs as common_runs
-from common.settings import check_bounds
 from common.tasks import D4RL_TASKS, UserError
 
 import benchmark
 import pytest
 import torch
 from benchmark import Args, look_up
-from runs import finish, python, results_of, wait_for
+from runs import finish, python, results_of, wait_for, write_records
 
 TASK = "bandit-moons-v0"
 COUNTER = '''
@@ -201,15 +200,12 @@ def test_after_kill_9(counter):
 def record(job, step=5, finished=False, checkpoint=True, results=True, name="a", **changes):
     """A run folder as a script leaves it."""
     folder = job.folder / name
-    folder.mkdir(parents=True)
     args = {name: value for name, value in (job.settings | changes).items() if value != "missing"}
-    (folder / "config.json").write_text(json.dumps({"script": job.script, "args": args}))
+    write_records(folder, job.script, args, step=step, finished=finished)
     if checkpoint:
         (folder / "checkpoint.pt").touch()
-    about = {"format": 2, "step": step, "total_steps": 5, "finished": finished, "evaluations": []}
-    about |= {"data": None, "data_mean": {"score": None, "return": None}, "train_seconds": 1}
-    if results:
-        (folder / "results.json").write_text(json.dumps(about))
+    if not results:
+        (folder / "results.json").unlink()
 
 
 @pytest.mark.parametrize(
@@ -373,12 +369,6 @@ def test_a_script_or_folder_that_is_no_use(counter, capsys):
     (toolbox.ROOT / "counter.py").write_text("\ndef train(:\n")
     with pytest.raises(UserError, match="counter.py cannot be imported: SyntaxError: "):
         run(counter)
-
-
-@pytest.mark.parametrize(("name", "value"), [("retries", -1), ("gpus_per_run", float("nan")), ("seeds", ())])
-def test_numbers_out_of_range(name, value):
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is "):
-        check_bounds(Args(["dac"], [TASK], **{name: value}))
 
 
 def test_without_ray(monkeypatch, tmp_path):

@@ -1,9 +1,7 @@
 """dac.py against tests/reference.py and closed forms, and a task that it must learn.
 
-Its networks and whole updates are compared with the official code's in test_conformance.py.
+Its networks, sampler and whole updates are compared with the official code's in test_conformance.py.
 """
-
-import math
 
 import dac
 from common.bandits import BANDITS, bandit_mode
@@ -21,39 +19,6 @@ def small_agent(**options):
     torch.manual_seed(0)
     args = dac.Args(**dict(hidden_dims=(16, 16), num_qs=3, num_q_samples=2) | options)
     return dac.DAC(obs_dim=4, action_dim=2, args=args, device=CPU)
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 20])
-def test_noise_schedule(num_steps):
-    beta, alpha_bar = dac.vp_schedule(num_steps)
-    np.testing.assert_allclose(beta, reference.vp_schedule(num_steps), rtol=1e-12)
-    np.testing.assert_allclose(alpha_bar, reference.alpha_bars(beta), rtol=1e-12)
-    assert alpha_bar[0] == 1 and alpha_bar == sorted(alpha_bar, reverse=True)
-
-
-@pytest.mark.parametrize("num_steps", [2, 5, 20])
-def test_ddpm_sample_is_exact_for_gaussian_data(float64, num_steps):
-    """With the best noise prediction, and sigma_t^2 = Var[x_{t-1} | x_t], the chain has the data's mean and
-    all of its variance but Var[x_0 | x_1], because the last step adds no noise. The chain is linear in its
-    noise: a row without noise gives the mean, a row per unit noise the variance, without Monte Carlo. The
-    data is narrow, so that nothing is clipped."""
-    mean, std, unit = 0.03, 0.05, 0.1
-    schedule = dac.vp_schedule(num_steps)
-    beta, alpha_bar = schedule
-    unexplained = [reference.unexplained_variance(bar, std) for bar in alpha_bar]  # Var[x_0 | x_t]
-    sigma = [0.0]
-    for t in range(1, num_steps + 1):
-        x_0_weight = reference.posterior(1, 0, t, beta)[0]
-        sigma.append(math.sqrt(reference.posterior(0, 0, t, beta)[1] + x_0_weight**2 * unexplained[t]))
-
-    noise = torch.cat([torch.zeros(num_steps, 1), unit * torch.eye(num_steps)], dim=1)  # (T, 1 + T)
-    last = alpha_bar[num_steps]  # start from the exact marginal of x_T, which is not quite N(0, 1)
-    noise[0] = math.sqrt(last) * mean + math.sqrt(last * std**2 + 1 - last) * noise[0]
-    predict_noise = reference.best_noise(alpha_bar, mean, std)
-    sample = dac.ddpm_sample(predict_noise, noise.unsqueeze(2), schedule, sigma).squeeze(1)
-    assert sample[0].item() == pytest.approx(mean, abs=1e-10)
-    variance = ((sample[1:] - sample[0]) / unit).square().sum().item()
-    assert variance == pytest.approx(std**2 - unexplained[1], abs=1e-10)
 
 
 def test_mish_and_its_gradient(float64):
@@ -80,29 +45,20 @@ def test_critic_loss(float64, max_q_backup):
     assert loss.item() == pytest.approx(np.mean(errors), abs=1e-12)
 
 
-@pytest.mark.parametrize("guidance", ["soft", "hard", "denoised", "none"])
+@pytest.mark.parametrize("guidance", ["denoised", "none"])
 def test_actor_loss(float64, guidance):
-    """eta times the noise regression, and the guidance with the gradient of Q by central differences."""
+    """eta times the noise regression, and the guidance: Q is divided by its mean size, whatever its signs."""
     agent = small_agent(q_guidance=guidance, eta=0.3)
     batch, draws = random_batch(dac), agent.draw(5)
     loss, metrics = agent.actor_loss(batch, draws)
     x_t = dac.add_noise(batch.action, draws.t, draws.eps, agent.alpha_bar)
-    eps = agent.actor(batch.obs, x_t, draws.t)
-    q_norm = agent.critic_target(batch.obs, batch.action).abs().mean() + dac.EPS
-    gradient, shift = torch.zeros(5, 2), 1e-6 * torch.eye(2)
-    for dim in range(2):
-        above, below = (agent.critic_target(batch.obs, x_t + sign * shift[dim]).mean(0) for sign in (1, -1))
-        gradient[:, dim] = (above - below).detach() / 2e-6 / q_norm.detach()
-    if guidance == "soft":
-        expected = ((1 - agent.alpha_bar[draws.t]).sqrt().unsqueeze(1) * gradient * eps).mean()
-    elif guidance == "hard":
-        expected = (gradient * eps).mean()
-    elif guidance == "denoised":
+    expected = 0.3 * (agent.actor(batch.obs, x_t, draws.t) - draws.eps).square().mean()
+    if guidance == "denoised":
+        q = agent.critic_target(batch.obs, batch.action)
+        assert q.min() < 0 < q.max()
         action = agent.sample(agent.actor, batch.obs, draws.action_noise)
-        expected = -agent.critic_target(batch.obs, action).mean() / q_norm
-    else:
-        expected = torch.zeros(())
-    torch.testing.assert_close(loss, 0.3 * (eps - draws.eps).square().mean() + expected, atol=1e-8, rtol=0)
+        expected -= agent.critic_target(batch.obs, action).mean() / (q.abs().mean() + dac.EPS)
+    torch.testing.assert_close(loss, expected, atol=1e-8, rtol=0)
     assert ("guidance_loss" in metrics) == (guidance != "none")
 
 
@@ -113,18 +69,6 @@ def test_nothing_is_drawn_or_computed_for_guidance_that_is_off(monkeypatch):
     draws = agent.draw(5)
     monkeypatch.setattr(agent.critic_target, "forward", None)
     agent.actor_loss(batch, draws)
-
-
-def test_gradients_stay_where_they_belong():
-    """Neither loss computes gradients for a network that it does not train."""
-    agent, batch = small_agent(q_guidance="denoised"), random_batch(dac)
-    agent.descend("critic", *agent.critic_loss(batch, agent.draw(5)))
-    assert all(parameter.grad is None for parameter in agent.actor.parameters())
-    agent.critic.zero_grad()
-    agent.update_actor(batch, agent.draw(5))
-    assert all(parameter.grad is not None for parameter in agent.actor.parameters())
-    for network in (agent.critic, agent.critic_target, agent.actor_target):
-        assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_target_actor_moves_every_fifth_step_after_the_first_thousand():
@@ -142,17 +86,6 @@ def test_eta_follows_the_constraint_within_its_bounds():
         agent = small_agent(eta=1.0, eta_lr=0.1, bc_threshold=threshold, eta_min=0.95, eta_max=1.05)
         agent.update_actor(batch, agent.draw(5))
         assert agent.eta.item() == pytest.approx((1 + expected) / 2)
-
-
-def test_act_takes_the_best_of_its_candidates():
-    agent, obs = small_agent(num_action_samples=7), torch.randn(5, 4)
-    noise = torch.randn(agent.args.diffusion_steps, 35, 2)
-    action = agent.act(obs, noise)
-    with torch.no_grad():
-        candidates = agent.sample(agent.actor, obs.repeat_interleave(7, dim=0), noise).view(5, 7, 2)
-        q = torch.stack([agent.critic_target(obs, candidates[:, j]).mean(0) for j in range(7)])  # (7, 5)
-    torch.testing.assert_close(action, candidates[torch.arange(5), q.argmax(0)])
-    assert action.abs().max() <= 1
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """README and docs are true: commands parse, links and pictures exist, numbers and versions are today's."""
 
 import importlib
-import json
 import re
 import shlex
 import subprocess
@@ -13,7 +12,9 @@ from common.tasks import check_task
 
 import benchmark
 import pytest
+import siblings
 import tyro
+from siblings import count_lines, loaded_with
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -167,42 +168,13 @@ def test_differences_stand_on_the_page_and_at_their_lines(page):
 
 
 # === Counts and versions ===
-CLOSURE = """
-import importlib, json, sys
-from pathlib import Path
-root, files = Path.cwd(), {}
-for script in sys.argv[1:]:
-    for name in [name for name in sys.modules if name.split(".")[0] == "common"]:
-        del sys.modules[name]
-    importlib.import_module(script)
-    loaded = {Path(module.__file__).resolve() for module in list(sys.modules.values())
-              if getattr(module, "__file__", None)}
-    own = [path for path in loaded if path.parent in (root, root / "common")]
-    files[script] = [str(path) for path in own if path.stem == script or path.parent != root]
-print(json.dumps(files))
-"""
-
-
-def closures():
-    """Script -> number of lines of the repository's files that are loaded when it is imported."""
-    command = [sys.executable, "-c", CLOSURE, *SCRIPTS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    files = json.loads(done.stdout)
-    return {name: sum(map(count_lines, map(Path, files[name]))) for name in files}
-
-
-def count_lines(path):
-    return len(path.read_text().splitlines())
-
-
 def test_readme_counts_lines():
-    read = closures()
-    today = {name: (count_lines(ROOT / f"{name}.py"), read[name]) for name in SCRIPTS}
+    today = {path.stem: (count_lines([path]), count_lines(loaded_with(path))) for path in siblings.SCRIPTS}
     assert {name: TABLE[name][:2] for name in TABLE} == today, "\n".join(map(str, today.items()))
     [command] = re.findall(r"^    (wc -l dac\.py .*)$", README.read_text(), re.M)
     command = command.replace("python", sys.executable)
     printed = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True).stdout
-    assert printed.split()[-2:] == [str(read["dac"]), "total"]
+    assert printed.split()[-2:] == [str(today["dac"][1]), "total"]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)

@@ -165,7 +165,6 @@ def test_an_environment_that_cannot_be_made():
     [
         ({"error": RuntimeError("the arm broke")}, "step.*: RuntimeError: the arm broke"),
         ({"reward": None}, "step.*: TypeError: .*NoneType"),
-        ({"reward": "one"}, "step.*: TypeError: .*str"),
         ({"reward": np.ones(1)}, "step.*: TypeError"),
         ({"reward": np.nan}, "step.*: the reward is nan"),
         ({"reward": np.float32(-np.inf)}, "step.*: the reward is -inf"),
@@ -174,7 +173,6 @@ def test_an_environment_that_cannot_be_made():
         ({"obs": np.array([0, 1e300])}, "step.*: the observation is"),
         ({"obs": np.zeros(3)}, r"step.*: the observation is .*, not an array \(2,\)"),
         ({"obs": [0.0, 0.0]}, "step.*: the observation is .*, not an array"),
-        ({"obs": None}, "step.*: the observation is None"),
         ({"obs": np.array([None, 1])}, "step.*: TypeError"),
         ({"info": NOTHING}, "step.*: ValueError: not enough values to unpack"),
         ({"terminated": np.zeros(2)}, "step.*: ValueError: .*ambiguous"),
@@ -203,24 +201,6 @@ def test_an_interrupt_is_no_failure(interrupt, monkeypatch):
     env.reset(seed=0)
     with pytest.raises(interrupt):
         env.step(np.zeros(2))
-
-
-@pytest.mark.parametrize("task", ["hopper-medium-v2", "Pendulum-v1", "antmaze-umaze-v0"])
-def test_the_check_changes_nothing(task):
-    """The same episodes, spaces, spec and innermost environment, with the check and without it."""
-    checked = make_env(task)
-    plain = make_env(task).env
-    assert isinstance(checked, envs.CheckedEnv) and not isinstance(plain, envs.CheckedEnv)
-    assert type(checked.unwrapped) is type(plain.unwrapped)
-    assert checked.spec.id == plain.spec.id and checked.spec.max_episode_steps == plain.spec.max_episode_steps
-    actions = np.random.default_rng(0).uniform(-1, 1, (30, *checked.action_space.shape))
-    np.testing.assert_array_equal(checked.reset(seed=1)[0], plain.reset(seed=1)[0])
-    for action in actions:
-        ours, theirs = checked.step(action), plain.step(action)
-        np.testing.assert_array_equal(ours[0], theirs[0])
-        assert ours[1:4] == theirs[1:4] and ours[4].keys() == theirs[4].keys()
-        if ours[2] or ours[3]:
-            break
 
 
 def test_an_episode_without_an_end_is_cut(toy, monkeypatch):

@@ -4,16 +4,15 @@ import os
 import re
 
 from common.envs import make_env
-from common.settings import check_bounds
 from common.tasks import UserError
 
 import evaluate
-import h5py
 import imageio.v3 as imageio
 import line
 import numpy as np
 import pytest
 import torch
+from recordings import flags, write
 from runs import AGENTS, evaluations_of, finish, load_script, python, tiny_settings, train
 
 
@@ -33,13 +32,10 @@ def run_of(script, folder, env_id="Line-v0", obs_dim=2):
     settings = {"env_id": env_id, "eval_episodes": 4}
     if script != "qvpo_online":
         random = np.random.default_rng(0)
-        with h5py.File(folder / "data.hdf5", "w") as file:
-            file["observations"] = random.normal(size=(50, obs_dim))
-            file["actions"] = random.uniform(-1, 1, size=(50, 1))
-            file["rewards"] = random.normal(size=50)
-            file["terminals"] = np.isin(np.arange(50), (20, 48))
-            file["timeouts"] = np.zeros(50, bool)
-        settings["dataset"] = str(folder / "data.hdf5")
+        observations, actions = random.normal(size=(50, obs_dim)), random.uniform(-1, 1, size=(50, 1))
+        fields = {"observations": observations, "actions": actions, "rewards": random.normal(size=50)}
+        ends = {"terminals": flags(20, 48, length=50), "timeouts": flags(length=50)}
+        settings["dataset"] = write(folder / "data.hdf5", **fields, **ends)
     return train(folder / "runs", load_script(script), **settings)
 
 
@@ -216,8 +212,3 @@ def test_checkpoints_that_cannot_be_used(change, message, finished, tmp_path):
 def test_mistakes(options, message, finished):
     with pytest.raises(UserError, match=message):
         score(finished, **options)
-
-
-def test_numbers_out_of_range(finished):
-    with pytest.raises(UserError, match="--episodes is 0; it must be"):
-        check_bounds(evaluate.Args(finished, episodes=0))

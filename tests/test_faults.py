@@ -136,22 +136,27 @@ def test_a_crash_within_the_last_save(finished, tmp_path, monkeypatch):
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """Otherwise a power cut could leave an empty file where there was a whole one."""
+    """Otherwise a power cut could leave an empty file where there was a whole one.
+
+    replay.bin grows in its place; it is there, whole, before the checkpoint that counts on it.
+    """
     events, fsync, replace = [], os.fsync, Path.replace
 
     def spy_fsync(file):
-        events.append(os.fstat(file).st_ino)
         fsync(file)
+        events.append((os.fstat(file).st_ino, os.fstat(file).st_size))
 
     def spy_replace(path, target):
-        assert events.pop() == path.stat().st_ino
+        assert events.pop() == (path.stat().st_ino, path.stat().st_size)
         events.append(target.name)
-        replace(path, target)
+        return replace(path, target)
 
     monkeypatch.setattr(os, "fsync", spy_fsync)
     monkeypatch.setattr(Path, "replace", spy_replace)
-    train(tmp_path, dac, total_steps=1)
-    assert events == ["config.json", *2 * ["checkpoint.pt", "results.json"]]
+    folder = train(tmp_path, qvpo_online, save_every=8, total_steps=16)
+    replay, row_bytes = (folder / "replay.bin").stat().st_ino, 4 * (1 + 2 + 1 + 1 + 1)
+    saves = [[(replay, steps * row_bytes), "checkpoint.pt", "results.json"] for steps in (8, 16, 16)]
+    assert events == ["config.json", *sum(saves, [])]
 
 
 @contextlib.contextmanager

@@ -1,9 +1,7 @@
-"""qvpo_online.py piece by piece against tests/reference.py; its memory, time limits, tasks it must learn."""
+"""What qvpo_online.py's golden file does not have; its memory, time limits, and tasks it must learn."""
 
 import math
-import os
 import re
-from pathlib import Path
 
 import qvpo_online
 from common.bandits import Bandit
@@ -19,7 +17,7 @@ import pytest
 import reference
 import torch
 from agents import random_batch
-from runs import folder_in, load, resume, train
+from runs import before_call, folder_in, load, resume, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
@@ -48,78 +46,6 @@ def predicted_noise(actor, obs, x_t, t):
 
 
 # --- Components ---
-def test_noise_predictor(float64):
-    """n actions of each state, each with its timestep; or one timestep for all."""
-    actor, obs, x_t = small_agent().actor, torch.randn(3, 4), torch.randn(2, 3, DIMS)
-    t = torch.tensor([[1, 2, 3], [4, 1, 4]])
-    for given, timesteps in [(t.unsqueeze(2), t), (torch.tensor([[[3]]]), torch.full((2, 3), 3))]:
-        eps = actor(x_t, actor.shared(obs, given)).detach()
-        for j, b in np.ndindex(2, 3):
-            expected = predicted_noise(actor, obs[b].numpy(), x_t[j, b].numpy(), timesteps[j, b].item())
-            np.testing.assert_allclose(eps[j, b], expected, atol=1e-12)
-
-
-def test_schedule_and_noise_of_the_sampler():
-    for num_steps in (1, T, 20):
-        beta, alpha_bar = schedule = qvpo_online.cosine_schedule(num_steps)
-        np.testing.assert_allclose(beta, reference.cosine_schedule(num_steps), rtol=1e-12)
-        np.testing.assert_allclose(alpha_bar, reference.alpha_bars(beta), rtol=1e-12)
-        variances = [reference.posterior(0.0, 0.0, t, beta)[1] for t in range(1, num_steps + 1)]
-        np.testing.assert_allclose(qvpo_online.posterior_std(schedule), [0, *np.sqrt(variances)], atol=1e-12)
-
-
-@pytest.mark.parametrize("target", [False, True])
-def test_candidates_and_their_values(float64, target):
-    agent, obs, noise = small_agent(), torch.randn(3, 4), torch.randn(T, 2, 3, DIMS)
-    actor, critic = (agent.actor_target, agent.critic_target) if target else (agent.actor, agent.critic)
-    if target:  # which are copies of the others at first
-        for parameter in (*actor.parameters(), *critic.parameters()):
-            parameter.mul_(1.5)
-    actions, q = agent.candidates(obs, noise, target)
-    beta, alpha_bar = agent.schedule
-    for j, b in np.ndindex(2, 3):
-        x = noise[0, j, b].numpy()
-        for t in range(T, 0, -1):
-            eps, bar = predicted_noise(actor, obs[b].numpy(), x, t), alpha_bar[t]
-            x_0 = np.clip((x - math.sqrt(1 - bar) * eps) / math.sqrt(bar), -1, 1)
-            pairs = zip(x_0, x, strict=True)
-            mean, variance = np.array([reference.posterior(*pair, t, beta) for pair in pairs]).T
-            x = mean + np.sqrt(variance) * (noise[T - t + 1, j, b].numpy() if t > 1 else 0.0)
-        np.testing.assert_allclose(actions[j, b], x, atol=1e-10)
-        values = critic(obs[b : b + 1], actions[j, b : b + 1])
-        assert q[j, b].item() == pytest.approx(values.min().item(), abs=1e-12)
-
-
-def test_critic_loss(float64):
-    agent, batch = small_agent(num_target_samples=3, gamma=0.9), batch_of()
-    draws, total = agent.draw(BATCH), 0.0
-    loss, _ = agent.critic_loss(batch, draws)
-    _, next_q = agent.candidates(batch.next_obs, draws.next_action_noise, target=True)
-    q = agent.critic(batch.obs, batch.action)
-    for b in range(BATCH):
-        target = batch.reward[b] + (0 if batch.terminal[b] else 0.9 * max(next_q[j, b] for j in range(3)))
-        total += sum((q[h, b] - target) ** 2 for h in range(2)) / BATCH
-    assert loss.item() == pytest.approx(total.item(), abs=1e-12)
-
-
-@pytest.mark.parametrize("weight", ["qadv", "qcut"])
-@pytest.mark.parametrize("num_chosen", [1, 3])
-def test_chosen_actions_and_their_weights(float64, weight, num_chosen):
-    agent = small_agent(num_chosen=num_chosen, weight=weight)
-    obs, noise = torch.randn(BATCH, 4), torch.randn(T, 5, BATCH, DIMS)
-    actions, q = agent.candidates(obs, noise)  # (5, 6, 2), (5, 6)
-    agent.args.weight_cut = cut = q.amax(0).median().item()  # above some of the best, below others
-    chosen, weights = agent.choose(obs, noise)
-    for b in range(BATCH):
-        order = sorted(range(5), key=lambda j, b=b: -q[j, b].item())
-        for k in range(num_chosen):
-            torch.testing.assert_close(chosen[k, b], actions[order[k], b])
-            q_and_value = q[order[k], b].item(), q[:, b].mean().item()
-            expected = reference.q_weight(weight, *q_and_value, cut=cut)
-            assert weights[k, b].item() == pytest.approx(expected, abs=1e-12)
-    assert len(weights.unique()) > 1 and not chosen.requires_grad and not weights.requires_grad
-
-
 @pytest.mark.parametrize("num_entropy_samples", [0, 3])
 def test_actor_loss(float64, num_entropy_samples):
     """Each chosen action, and beside it uniform ones with a share of its weight; a mean over all of them."""
@@ -149,14 +75,11 @@ def test_uniform_actions_fill_the_cube():
 
 
 @pytest.mark.parametrize(("name", "n"), [("act", 7), ("explore", 3)])
-def test_acting_takes_the_best_of_its_candidates(name, n):
+def test_acting_draws_its_number_of_candidates(name, n, monkeypatch):
     agent = small_agent(num_action_samples=7, num_behavior_samples=3)
-    obs, noise = torch.randn(5, 4), torch.randn(T, n, 5, DIMS)
-    candidates, q = agent.candidates(obs, noise)
-    actions = getattr(agent, name)(obs, noise)
-    for b in range(5):
-        assert torch.equal(actions[b], reference.best_candidate(candidates[:, b], q[None, :, b].tolist()))
-    assert getattr(agent, name)(obs).shape == (5, DIMS)
+    calls = before_call(monkeypatch, agent, "candidates", at={})
+    getattr(agent, name)(torch.randn(5, 4))
+    assert calls[0][1].shape == (T, n, 5, DIMS)
 
 
 def test_initial_weights():
@@ -169,21 +92,6 @@ def test_initial_weights():
 
 
 # --- The update ---
-def test_gradients_stay_where_they_belong():
-    """Neither update computes gradients for a network that it does not train."""
-    agent, batch = small_agent(), batch_of()
-    draws = agent.draw(BATCH)
-    agent.descend("critic", *agent.critic_loss(batch, draws))
-    assert all(parameter.grad is None for parameter in agent.actor.parameters())
-    agent.critic.zero_grad()
-    before = [parameter.clone() for parameter in agent.actor.parameters()]
-    metrics = agent.descend("actor", *agent.actor_loss(batch.obs, draws))
-    pairs = zip(before, agent.actor.parameters(), strict=True)
-    assert metrics["actor_grad_norm"] > 0 and all(not torch.equal(old, new) for old, new in pairs)
-    for network in (agent.critic, agent.critic_target, agent.actor_target):
-        assert all(parameter.grad is None for parameter in network.parameters())
-
-
 def test_update_draws_two_batches_from_what_is_stored(monkeypatch):
     agent, seen = small_agent(batch_size=500), []
     data = Batch(*(torch.full((100, *column.shape[1:]), math.nan) for column in batch_of()))
@@ -225,18 +133,6 @@ def test_what_depends_on_the_step():
         agent.set_step(step)
         assert agent.entropy_weight.item() == pytest.approx(entropy_weight)
         assert agent.num_stored.item() == num_stored
-
-
-def test_targets_follow():
-    agent = small_agent(tau=0.25)
-    agent.set_step(0)
-    before = [agent.critic_target.layers[0].weight.clone(), agent.actor_target.layers[0].weight.clone()]
-    agent.update(batch_of())
-    for old, name in zip(before, ("critic", "actor"), strict=True):
-        online, target = getattr(agent, name), getattr(agent, f"{name}_target")
-        expected = 0.75 * old + 0.25 * online.layers[0].weight
-        torch.testing.assert_close(target.layers[0].weight, expected)
-        assert not torch.equal(target.layers[0].weight, old)
 
 
 # --- Experience ---
@@ -374,27 +270,6 @@ def test_an_episode_that_cannot_be_played_again(env, capacity, tmp_path, capsys)
 
 
 # --- Whole runs ---
-def test_the_replay_is_on_the_disk_before_the_checkpoint_is_written(tmp_path, monkeypatch):
-    """replay.bin is brought there whole, by fsync; then checkpoint.pt, which counts on it, gets its name."""
-    events, fsync, replace = [], os.fsync, Path.replace
-
-    def recorded_fsync(file):
-        fsync(file)
-        events.append((Path(os.readlink(f"/proc/self/fd/{file}")).name, os.fstat(file).st_size))
-
-    def recorded_replace(path, target):
-        events.append((target.name, "renamed"))
-        return replace(path, target)
-
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(Path, "replace", recorded_replace)
-    train(tmp_path, qvpo_online, save_every=8, total_steps=16)
-    written, row_bytes = ("checkpoint.pt", "renamed"), 4 * (1 + 2 + 1 + 1 + 1)
-    found = [event for event in events if event[0] == "replay.bin" or event == written]
-    sizes = [8 * row_bytes, 16 * row_bytes, 16 * row_bytes]  # of the first, of the last step, and at the end
-    assert found == [event for size in sizes for event in [("replay.bin", size), written]]
-
-
 def test_what_is_no_number_is_never_stored(tmp_path, monkeypatch):
     """A NaN before learning starts ends the run; what it saves can be resumed."""
     original, offsets = Bandit.step, iter([0.0, 0.0, math.nan])

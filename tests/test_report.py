@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import toolbox
-from common.checkpoints import FORMAT
 from common.scores import reference_returns
 from common.tasks import UserError
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import report
 from report import Args
+from runs import write_records
 
 TASK = "bandit-moons-v0"
 HEAD = """\
@@ -58,7 +58,7 @@ def write_run(folder, script, env_id, seed, last_ten, finished=True, evaluations
     zero, hundred = reference_returns(env_id) or (0.0, 100.0)
     scores = [last_ten + (5 if i % 2 else -5) for i in range(evaluations)]
     known = reference_returns(env_id) is not None
-    results = {"format": FORMAT, "data": None, "data_mean": {"return": None, "score": None}}
+    results = {}
     if script != "qvpo_online":
         results["data"] = env_id
         results["data_mean"] = {"return": 1.0, "score": 44.3 if env_id.startswith("hopper") else 25.0}
@@ -72,12 +72,8 @@ def write_run(folder, script, env_id, seed, last_ten, finished=True, evaluations
     ]
     total = 30 * max(evaluations, 1)
     results |= {"step": total if finished else 40, "total_steps": total, "finished": finished}
-    results |= {"train_seconds": 360.0}
     args = {"env_id": env_id, "seed": seed, "dataset": None, "eta": 1.0, "run_dir": "x"} | args
-    folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps(results))
-    config = {"script": script, "args": args, "git_commit": "abc", **VERSIONS}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_records(folder, script, args, {"git_commit": "abc", **VERSIONS}, **results)
     return folder
 
 

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import dac
@@ -18,10 +19,33 @@ import numpy as np
 import pytest
 import runs
 import torch
+from agents import random_batch
 from recordings import flags, write
 from runs import assert_same_run, before_call, curves_of, folder_in, load, results_of, resume, train
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+# === Updates ===
+def test_gradients_stay_where_they_belong(script):
+    """No loss computes gradients for a network that it does not train; with losses that options add."""
+    options = {"q_guidance": "denoised", "nll_weight": 1.0}
+    options = {name: value for name, value in options.items() if hasattr(script.Args, name)}
+    agent = runs.agent_class(script)(4, 2, runs.tiny_settings(script, **options), torch.device("cpu"))
+    seen = []
+
+    def check(trained):
+        seen.append(trained)
+        own = {id(parameter) for parameter in agent.optimizers[trained].param_groups[0]["params"]}
+        for name, parameter in agent.named_parameters():
+            assert (parameter.grad is not None) == (id(parameter) in own), (trained, name)
+        agent.zero_grad()
+
+    for name, optimizer in agent.optimizers.items():
+        optimizer.step = partial(check, name)
+    agent.set_step(1)
+    agent.update(random_batch(script))
+    assert sorted(seen) == sorted(agent.optimizers)
 
 
 # === Determinism ===

@@ -22,7 +22,11 @@ from common.runs import run_command
 from common.settings import Bound, check_bounds, parse_args, settings_for, sources_of
 from common.tasks import BANDIT_TASKS, BUNDLED, UserError, check_task, table_names
 
+import benchmark
+import collect
+import evaluate
 import pytest
+import speed
 from runs import results_of, train
 
 NUM_TASKS = dict(dac=15, diffusion_ql=20, dtql=26, edp_crr=20, edp_iql=20, edp_td3=20, qvpo_online=5)
@@ -153,6 +157,13 @@ def test_every_number_has_a_bound(script):
     values = {field.name: field.default for field in fields(script.Args)}
     assert names_of_numbers(script) == [name for name in values if type(values[name]) in (int, float)]
     assert [name for name in values if isinstance(values[name], tuple)] == ["hidden_dims"]
+
+
+@pytest.mark.parametrize("tool", [benchmark, collect, evaluate, speed], ids=lambda tool: tool.__name__)
+def test_every_number_of_a_tool_has_a_bound(tool):
+    hints = get_type_hints(tool.Args, include_extras=True)
+    numbers = {name: str(kind) for name, kind in hints.items() if re.search(r"\b(int|float)\b", str(kind))}
+    assert numbers and [name for name, kind in numbers.items() if "Bound(" not in kind] == []
 
 
 def test_every_number_is_refused_by_name_or_works(script, tmp_path, monkeypatch):

@@ -42,7 +42,6 @@ def test_no_wrong_comment_goes_unnoticed(position, name):
             "  # (batch, obs_dim)\n        if",
             r"says \(batch \* n, action",
         ),
-        ("  # (batch,), uniform in 1..T", "  # (T,), uniform in 1..T", r"says \(T,\), the shape is \(7,\)"),
         ("  # (num_qs, batch, n)", "  # (num_qs, batch, samples)", "samples has no known value"),
     ],
 )

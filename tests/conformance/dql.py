@@ -11,6 +11,7 @@ import diffusion_ql
 import numpy as np
 import pytest
 import torch
+from conformance import torch_formulas
 from conformance.files import CPU, LeftOut, statistics
 from conformance.torch_formulas import batch_columns, chosen, drawn, filled, rounded_tables, uniforms
 
@@ -106,11 +107,8 @@ def near(case, actual, expected, name):
 
 
 def check_fill_and_inputs(case):
-    batch, agent = make_batch(case), make_agent(case)
-    columns = {"state": batch.obs, "action": batch.action, "reward": batch.reward}
-    columns |= {"next_state": batch.next_obs, "not_done": 1 - batch.terminal}
-    for name, expected in case.golden["inputs_check"].items():
-        case.close(statistics(columns[name]), expected, name)
+    torch_formulas.compare_batch(case, make_batch(case))
+    agent = make_agent(case)
     for authors_name, tensors in case.golden["params_filled"].items():
         for name, parameter in parameters_of(case, agent, authors_name).items():
             case.close(statistics(parameter), tensors[name], f"{authors_name} {name}")

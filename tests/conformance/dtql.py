@@ -15,7 +15,7 @@ import dtql
 import pytest
 import torch
 from conformance.files import CPU, LeftOut, statistics
-from conformance.torch_formulas import batch_columns, chosen, drawn, filled, uniforms
+from conformance.torch_formulas import batch_columns, chosen, compare_batch, drawn, filled, uniforms
 
 # golden option: argument of dtql.py
 OPTIONS = {
@@ -176,12 +176,7 @@ def check_fill_and_inputs(case):
     """The file means by its formulas what the harness means by them."""
     expected = named({name: of for name, of in case.golden["params_filled"].items() if isinstance(of, dict)})
     compare_tensors(case, parameters_of(case, make_agent(case)), expected, "fill", 1e-6)
-    batch, expected = make_batch(case), case.golden["inputs_check"]
-    for name, column in {
-        "state": batch.obs, "action": batch.action, "reward": batch.reward, "next_state": batch.next_obs,
-        "not_done": 1 - batch.terminal,
-    }.items():  # fmt: skip
-        near(case, statistics(column), expected[name], name, 1e-6)
+    compare_batch(case, make_batch(case), 1e-6, 1e-6)
 
 
 def check_noise_levels(case):

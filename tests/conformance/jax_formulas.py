@@ -39,3 +39,10 @@ def chain_noise(draws) -> torch.Tensor:
     prior = next(draw for draw in draws if "prior" in draw["why"])
     steps = next(draw for draw in draws if "per step" in draw["why"])
     return torch.cat([drawn(prior), drawn(steps)[:-1]])
+
+
+def check_inputs_follow_their_formulas(case):
+    """The file means by its formulas what the harness means by them."""
+    B, S, A = (case.golden["dims"][name] for name in "BSA")
+    case.close(rounded(np.sin(0.11 * np.arange(B * S) + 0.5)).view(B, S), case.inputs["observations"], "obs")
+    case.close(rounded(0.9 * np.sin(0.23 * np.arange(B * A))).view(B, A), case.inputs["actions"], "actions")

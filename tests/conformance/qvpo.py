@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conformance import torch_formulas
 from conformance.files import CPU, rounded, statistics
 from conformance.torch_formulas import batch_columns, drawn, draws_by_meaning, filled, rounded_tables
 
@@ -152,13 +153,7 @@ def check_fill(case):
 
 
 def check_inputs(case):
-    batch, expected = make_batch(case), case.golden["inputs_check"]
-    columns = {
-        "state": batch.obs, "action": batch.action, "reward": batch.reward, "next_state": batch.next_obs,
-        "not_done": 1 - batch.terminal,
-    }  # fmt: skip
-    for name, column in columns.items():
-        close(case, statistics(column), expected[name], name, ROUNDED)
+    torch_formulas.compare_batch(case, make_batch(case), ROUNDED, ROUNDED)
 
 
 def check_schedule(case):

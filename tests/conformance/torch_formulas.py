@@ -5,7 +5,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from conformance.files import rounded
+from conformance.files import rounded, statistics
 
 
 def filled(shape, position, kind, is_target, gain):
@@ -31,6 +31,14 @@ def batch_columns(sizes):
         rounded(np.sin(0.11 * np.arange(B * S) + 1.5).reshape(B, S)),
         rounded(np.arange(B) % 4 == 3),
     )
+
+
+def compare_batch(case, batch, *tolerances):
+    """The file means by its formulas what batch_columns() means by them."""
+    columns = {"state": batch.obs, "action": batch.action, "reward": batch.reward}
+    columns |= {"next_state": batch.next_obs, "not_done": 1 - batch.terminal}
+    for name, column in columns.items():
+        case.close(statistics(column), case.golden["inputs_check"][name], name, *tolerances)
 
 
 def uniforms(n, count):
