@@ -67,6 +67,16 @@ def test_actor_loss(float64, num_entropy_samples):
     assert metrics["weight"] == weights.mean()
 
 
+def test_candidates_are_the_same_however_many_pass_at_a_time(float64):
+    """On a CPU 1,024 rows go through the chain at a time: here 2 candidates of 400 states, then the third."""
+    agent, obs, noise = small_agent(), torch.randn(400, 4), torch.randn(T, 3, 400, DIMS)
+    actions, q = agent.candidates(obs, noise)
+    for j in range(3):
+        alone, q_alone = agent.candidates(obs, noise[:, j : j + 1])
+        torch.testing.assert_close(actions[j : j + 1], alone)
+        torch.testing.assert_close(q[j : j + 1], q_alone)
+
+
 def test_uniform_actions_fill_the_cube():
     actions = small_agent().draw(1000).uniform_actions
     assert actions.shape == (10, 1000, DIMS)

@@ -37,8 +37,10 @@ def compare_batch(case, batch, *tolerances):
     """The file means by its formulas what batch_columns() means by them."""
     columns = {"state": batch.obs, "action": batch.action, "reward": batch.reward}
     columns |= {"next_state": batch.next_obs, "not_done": 1 - batch.terminal}
-    for name, column in columns.items():
-        case.close(statistics(column), case.golden["inputs_check"][name], name, *tolerances)
+    expected = case.golden["inputs_check"]
+    assert {"state", "action"} <= expected.keys()
+    for name in columns.keys() & expected.keys():
+        case.close(statistics(columns[name]), expected[name], name, *tolerances)
 
 
 def uniforms(n, count):
