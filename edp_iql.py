@@ -119,7 +119,7 @@ TASK_SETTINGS = {
     "adroit": ADROIT,
     "kitchen": KITCHEN,
     "hopper-mini-v0": dict(
-        total_steps=8_000, eval_every=2_000, tau=0.03, hidden_dims=(128, 128, 128), num_action_samples=50,
+        total_steps=8_000, eval_every=4_000, tau=0.03, hidden_dims=(128, 128, 128), num_action_samples=50,
         actor_lr=1e-3, critic_lr=1e-3, reward_tune="iql_locomotion", expectile=0.9, temperature=0.1),
     "bandit": dict(
         total_steps=2_000, eval_every=500, batch_size=128, tau=0.05, hidden_dims=(64, 64, 64),
