@@ -238,7 +238,7 @@ def dpm_solver_plan(schedule: Schedule, num_calls: int) -> list[list[SolverCall]
 
 
 def dpm_sample(predict_noise: Callable, x: Tensor, schedule: Schedule, plan: list[list]) -> Tensor:
-    """DPM-Solver along a dpm_solver_plan, from x = x_T (batch, action_dim); x_0 is kept within [-1, 1]."""
+    """DPM-Solver along a dpm_solver_plan, from x = x_T (batch, action_dim); predicts x_0 in [-1, 1]."""
     for step in plan:
         x_start = x
         for call in step:

@@ -143,12 +143,11 @@ def test_pictures_links_and_files_exist(path):
 # === Differences ===
 def table_of_scripts():
     """Script -> lines, lines with all it imports, page; as the README has them."""
-    row = r"^\| `(\w+)\.py` \| .* \| ([\d,]+) \| ([\d,]+) \| .* h \| (?:\[.*\]\((.*)\))? ?\|$"
-    table, page = {}, ""
-    for name, lines, closure, own_page in re.findall(row, README.read_text(), re.M):
-        page = own_page or page  # an empty cell: that of the row above
-        table[name] = int(lines.replace(",", "")), int(closure.replace(",", "")), page
-    return table
+    row = r"^\| `(\w+)\.py` \| .* \| ([\d,]+) \| ([\d,]+) \| .* h \| \[.*\]\((.*)\) \|$"
+    return {
+        name: (int(lines.replace(",", "")), int(closure.replace(",", "")), page)
+        for name, lines, closure, page in re.findall(row, README.read_text(), re.M)
+    }
 
 
 TABLE = table_of_scripts()
@@ -179,7 +178,9 @@ def test_readme_counts_lines():
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_pages_count_differing_lines(path):
-    for first, second, count in re.findall(r"`diff (\S+) (\S+)`(?: shows| \|) (\d+)\b", path.read_text()):
+    counts = re.findall(r"`diff (\S+) (\S+)`(?: shows| \|) (\d+)\b", path.read_text())
+    assert len(counts) == 3 or path.name != "edp.md"  # each pair of the three
+    for first, second, count in counts:
         printed = subprocess.run(["diff", first, second], cwd=ROOT, capture_output=True, text=True).stdout
         assert len(re.findall("^[<>]", printed, re.M)) == int(count), f"diff {first} {second}"
 

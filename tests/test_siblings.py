@@ -7,9 +7,17 @@ import sys
 from itertools import combinations
 
 import pytest
-import siblings
 from runs import AGENTS, ROOT
-from siblings import SCRIPTS, SHARED_FIELDS, check_anatomy, differences, named_statements, parsed
+from siblings import (
+    SCRIPTS,
+    SHARED_FIELDS,
+    check_anatomy,
+    count_lines,
+    differences,
+    loaded_with,
+    named_statements,
+    parsed,
+)
 from torch import nn
 
 COMMON = sorted((ROOT / "common").glob("*.py"))
@@ -91,6 +99,6 @@ def test_common_knows_no_algorithm():
 def test_a_reader_has_little_to_load():
     most = {"edp_td3": 560, "edp_crr": 560, "edp_iql": 560, "qvpo_online": 540}
     for path in SCRIPTS:
-        assert siblings.count_lines([path]) <= most.get(path.stem, 450), path
-    assert siblings.count_lines(COMMON) <= 1_875
-    assert siblings.count_lines(siblings.loaded_with(DAC) - {DAC}) <= 1_300
+        assert count_lines([path]) <= most.get(path.stem, 450), path
+    assert count_lines(COMMON) <= 1_875
+    assert count_lines(loaded_with(DAC) - {DAC}) <= 1_300

@@ -215,10 +215,11 @@ def edp_samplers(seed: int):
     task, (figure, panels) = "bandit-corners-v0", grid(2, 1 + len(CALLS))
     cloning = dict(guidance_weight=0.0, total_steps=4000, hidden_dims=(128, 128, 128), actor_lr=1e-3)
     long = trained("edp_iql", task, seed, diffusion_steps=1000, noise_schedule="linear", **cloning)
+    edp = toolbox.load_script("edp_iql")
     draw_data(panels[0, 0], task, "data")
     panels[1, 0].remove()
     for calls, (above, below) in zip(CALLS, panels[:, 1:].T, strict=True):
-        long.plan = toolbox.load_script("edp_iql").dpm_solver_plan(long.schedule, calls)
+        long.plan = edp.dpm_solver_plan(long.schedule, calls)
         draw_policy(above, task, samples(long), f"DPM-Solver, {calls} calls\nreward")
         few = dict(diffusion_steps=calls, noise_schedule="vp" if calls < 100 else "linear", sampler="ddpm")
         actions = samples(trained("edp_iql", task, seed, **few, **cloning))
