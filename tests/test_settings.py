@@ -25,6 +25,7 @@ from common.tasks import BANDIT_TASKS, BUNDLED, UserError, check_task, table_nam
 import benchmark
 import collect
 import evaluate
+import parity
 import pictures
 import pytest
 import speed
@@ -160,19 +161,21 @@ def test_every_number_has_a_bound(script):
     assert [name for name in values if isinstance(values[name], tuple)] == ["hidden_dims"]
 
 
-TOOLS = {benchmark: [["dac"]], collect: [], evaluate: [Path("run")], pictures: ["all"], speed: [["dac"]]}
+TOOLS = (benchmark, collect, evaluate, parity, pictures, speed)
+NEEDED = {benchmark: ["dac"], evaluate: Path("run"), pictures: "all", speed: ["dac"]}  # their first argument
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
 def test_every_number_of_a_tool_has_a_bound(tool):
     hints = get_type_hints(tool.Args, include_extras=True)
     numbers = {name: kind for name, kind in hints.items() if re.search(r"\b(int|float)\b", str(kind))}
+    first = [NEEDED[tool]] if tool in NEEDED else []
     assert numbers
     for name, kind in numbers.items():
         for value in (-1, math.nan):  # which no bound takes, or the type does not
             given = (value,) if get_origin(kind) is tuple else value
             with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is "):
-                check_bounds(tool.Args(*TOOLS[tool], **{name: given}))
+                check_bounds(tool.Args(*first, **{name: given}))
 
 
 def test_every_number_is_refused_by_name_or_works(script, tmp_path, monkeypatch):

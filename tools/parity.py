@@ -54,7 +54,7 @@ class Args:
 
     curves: Annotated[list[Path], tyro.conf.Positional] = field(default_factory=list)  # files; none: all
     seeds: tuple[NonNegative[int], ...] = (0, 1)  # seeds of our runs
-    intervals: Positive[int] | None = None  # train only so many intervals of the file's
+    intervals: Positive[int] = 1000  # of the file's intervals, train this many, or all there are
     output: Path = toolbox.ROOT / "docs" / "parity"  # folder of our curves and of the pictures
 
 
