@@ -93,13 +93,12 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
         for path in Path(data.storage.data_path).glob("*.hdf5"):
             check_stored(path)
         episodes = list(data.iterate_episodes())
-        observations = [
-            flatten(data.observation_space, episode.observations) for episode in episodes
-        ]  # T + 1
+        # T + 1 of each episode
+        observations = [flatten(data.observation_space, episode.observations) for episode in episodes]
+        actions = np.concatenate([episode.actions for episode in episodes])
         return {
             "observations": np.concatenate([values[:-1] for values in observations]),
-            "actions": 2 * (np.concatenate([episode.actions for episode in episodes]) - low) / (high - low)
-            - 1,
+            "actions": 2 * (actions - low) / (high - low) - 1,
             "rewards": np.concatenate([episode.rewards for episode in episodes]),
             "next_observations": np.concatenate([values[1:] for values in observations]),
             "terminals": np.concatenate([episode.terminations for episode in episodes]),

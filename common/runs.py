@@ -335,9 +335,8 @@ class Run:
             if self.device.type == "cuda" and saved["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
             if self.memory:
-                self.memory.load(
-                    self.folder, {name: index(number) for name, number in saved["memory"].items()}
-                )
+                counts = {name: index(number) for name, number in saved["memory"].items()}
+                self.memory.load(self.folder, counts)
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"{self.folder}: the checkpoint is damaged or does not fit: {reason}") from error

@@ -81,7 +81,6 @@ def user_path(name: str) -> Path:
     """The path that a user named; ~ is the home folder. UserError: it is empty, or there is no such home."""
     path = os.path.expanduser(name)
     if not path or path.startswith("~"):
-        raise UserError(
-            f"{name!r} is empty, or its home folder is not known; set HOME or name the whole path"
-        )
+        advice = "set HOME or name the whole path"
+        raise UserError(f"{name!r} is empty, or its home folder is not known; {advice}")
     return Path(path)

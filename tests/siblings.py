@@ -72,9 +72,8 @@ def differences(first, second):
     ours, theirs = named_statements(first), named_statements(second)
     our_fields, their_fields = shared_fields(first), shared_fields(second)
     fields = set(SHARED_FIELDS) - (ONLINE_DIFFERS if is_online(first) or is_online(second) else set())
-    found = [
-        name for name in sorted((ours.keys() & theirs.keys()) - MAY_DIFFER) if ours[name] != theirs[name]
-    ]
+    shared = (ours.keys() & theirs.keys()) - MAY_DIFFER
+    found = [name for name in sorted(shared) if ours[name] != theirs[name]]
     found += [f"Args.{name}" for name in sorted(fields) if our_fields.get(name) != their_fields.get(name)]
     our_order, their_order = outline(first), outline(second)
     both = set(our_order) & set(their_order)

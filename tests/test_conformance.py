@@ -28,11 +28,10 @@ def checks(path):
     module = importlib.import_module(f"conformance.{algorithm}")
     found = [check for name, check in vars(module).items() if name.startswith("check_")]
     precision = json.loads(path.read_text()).get("precision", "both").split()[0].strip(",")
+    precisions = {"float32": ["single"], "float64": ["double"], "both": ["single", "double"]}[precision]
     return [
-        pytest.param(
-            path, double, check, id=f"{path.stem}-{'double' if double else 'single'}-{check.__name__}"
-        )
-        for double in {"float32": [False], "float64": [True], "both": [False, True]}[precision]
+        pytest.param(path, each == "double", check, id=f"{path.stem}-{each}-{check.__name__}")
+        for each in precisions
         for check in found
     ]
 
@@ -48,12 +47,11 @@ def test_conformance(path, double, check):
         case.left_out(option)
     finally:
         torch.set_default_dtype(before)
-    if case.skipped and not case.compared:
-        pytest.skip(f"left out: {', '.join(case.skipped)}")
-    if case.skipped:
-        warnings.warn(
-            f"{path.stem}: sections not compared, left out: {', '.join(case.skipped)}", stacklevel=1
-        )
+    left_out = ", ".join(case.skipped)
+    if left_out and not case.compared:
+        pytest.skip(f"left out: {left_out}")
+    if left_out:
+        warnings.warn(f"{path.stem}: sections not compared, left out: {left_out}", stacklevel=1)
 
 
 def test_there_are_cases():

@@ -117,9 +117,8 @@ def test_antmaze_observes_a_state_of_the_data_as_it_was_recorded():
     """qpos (15), beginning with x and y in D4RL's frame, and qvel (14)."""
     env = make_d4rl_env("antmaze-umaze-v2", 700)
     env.reset(seed=0)
-    recorded = np.array(
-        [8.3, 0.7, 0.6, 0.9, 0.1, -0.2, 0.37, *np.linspace(-0.5, 1, 8), *np.linspace(-2, 3, 14)]
-    )
+    joints, velocities = np.linspace(-0.5, 1, 8), np.linspace(-2, 3, 14)
+    recorded = np.array([8.3, 0.7, 0.6, 0.9, 0.1, -0.2, 0.37, *joints, *velocities])
     place_ant(env, recorded)
     ant = env.maze.ant_env
     np.testing.assert_allclose(env.flat(env.maze._get_obs(ant._get_obs())), recorded, atol=1e-12)
@@ -373,8 +372,7 @@ def test_gymnasium_robotics_is_missing_or_too_old(monkeypatch):
 
 def test_mujoco_is_too_new_for_the_kitchen(monkeypatch):
     monkeypatch.setattr(mujoco, "__version__", "3.12.0")
-    with pytest.raises(
-        UserError, match="it needs mujoco 3.11 or older, found 3.12.0: pip install mujoco==3.11.0"
-    ):
+    message = "it needs mujoco 3.11 or older, found 3.12.0: pip install mujoco==3.11.0"
+    with pytest.raises(UserError, match=message):
         make_env("kitchen-mixed-v0")
     make_env("pen-human-v1")

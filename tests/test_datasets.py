@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import subprocess
 import sys
@@ -150,9 +151,7 @@ def test_actions_outside_are_clipped_and_counted(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(
-    ("task", "dropped"), [("Hopper-v4", 2), ("hopper-mini-v0", 2), ("bandit-moons-v0", 1)]
-)
+@pytest.mark.parametrize("task, dropped", [("Hopper-v4", 2), ("hopper-mini-v0", 2), ("bandit-moons-v0", 1)])
 def test_horizon_of_other_tasks(task, dropped, tmp_path):
     """1,500 rows without timeouts are cut where the task's own environment ends; a bandit has no limit."""
     fields = {"observations": np.zeros((1500, 11)), "actions": np.zeros((1500, 3)), "timeouts": None}
@@ -323,9 +322,11 @@ def test_an_environment_has_no_transitions_of_its_own(tmp_path):
     assert env.observation_space.shape == (11,)
 
 
-@pytest.mark.parametrize(
-    "name", ["mujoco/hopper/medium-v0", "D4RL/door/human-v2", "local/mine-v0", "a/b/d_e-v12"]
-)
+MINARI_IDS = ("mujoco/hopper/medium-v0", "D4RL/door/human-v2", "local/mine-v0", "a/b/d_e-v12")
+NOT_MINARI_IDS = ["data/x.hdf5", "/x-v0", "../x-v0", "a/x", "~/x-v0", "Hopper-v4", "phys2d/Pendulum-v0"]
+
+
+@pytest.mark.parametrize("name", MINARI_IDS)
 def test_minari_ids(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_minari_id(name)
@@ -334,9 +335,7 @@ def test_minari_ids(name, tmp_path, monkeypatch):
     assert not is_minari_id(name)  # it is a file
 
 
-@pytest.mark.parametrize(
-    "name", [HOPPER, "data/x.hdf5", "/x-v0", "../x-v0", "a/x", "~/x-v0", "Hopper-v4", "phys2d/Pendulum-v0"]
-)
+@pytest.mark.parametrize("name", [HOPPER, *NOT_MINARI_IDS])
 def test_not_minari_ids(name):
     assert not is_minari_id(name)
 
@@ -479,9 +478,7 @@ def change_metadata(folder, **changes):
 
 
 @minari_test
-@pytest.mark.parametrize(
-    "scores", [("low", "high"), (1, 1), (2, 1), (float("nan"), 1), (0, float("inf")), ([], 1)]
-)
+@pytest.mark.parametrize("scores", [("low", "high"), (1, 1), (2, 1), (math.nan, 1), (0, math.inf), ([], 1)])
 def test_minari_reference_scores_that_cannot_be(scores, minari_folder):
     record("local/reach-v0", gymnasium.make("Reach-v0"))
     change_metadata(minari_folder / "local/reach-v0", ref_min_score=scores[0], ref_max_score=scores[1])

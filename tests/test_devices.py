@@ -16,11 +16,10 @@ from runs import ROOT, assert_same_run, finish, python, results_of, train
 @pytest.mark.slow
 def test_compiled_losses(script, finished, tmp_path):
     """--compile changes rounding only. Slow, and it needs a C++ compiler."""
-    losses = [
-        results_of(folder)["losses"] for folder in (finished(script), train(tmp_path, script, compile=True))
-    ]
-    assert losses[0].keys() == losses[1].keys() and losses[0] != losses[1]
-    np.testing.assert_allclose(list(losses[0].values()), list(losses[1].values()), rtol=1e-3, atol=1e-5)
+    plain = results_of(finished(script))["losses"]
+    compiled = results_of(train(tmp_path, script, compile=True))["losses"]
+    assert plain.keys() == compiled.keys() and plain != compiled
+    np.testing.assert_allclose(list(plain.values()), list(compiled.values()), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("script", [dac, dtql])  # dtql has two updates

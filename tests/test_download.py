@@ -205,12 +205,14 @@ def test_an_interrupted_download_leaves_no_file_and_the_next_one_works(end, fold
 def test_seeds_that_start_together_do_not_disturb_each_other(folder, sources):
     sources("good", "missing")
     lengths = []
-    load = [
-        threading.Thread(target=lambda: lengths.append(len(load_dataset(TASK).rewards))) for _ in range(4)
-    ]
-    for thread in load:
+
+    def load():
+        lengths.append(len(load_dataset(TASK).rewards))
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
         thread.start()
-    for thread in load:
+    for thread in threads:
         thread.join()
     assert lengths == [2997] * 4
     assert is_there(folder)

@@ -16,9 +16,8 @@ from agents import TASK, check_act_by_softmax, random_batch, sampled_actions
 
 SCRIPTS = {edp_td3: edp_td3.EDPTD3, edp_crr: edp_crr.EDPCRR, edp_iql: edp_iql.EDPIQL}
 MEAN = 0.3  # of the Gaussian data of the samplers' tests
-X_T = torch.tensor(
-    [[0.0], [1.0]], dtype=torch.float64
-)  # what a linear sampler makes of them: mean, mean + std
+# What a linear sampler makes of these: mean, mean + std.
+X_T = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
 
 
 def small_agent(script, **options):

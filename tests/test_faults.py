@@ -48,9 +48,8 @@ def stopped(run_dir, monkeypatch, step=13, **changes):
 
 def test_the_table_of_faults_names_tests_that_exist():
     folder = Path(__file__).parent
-    tests = {
-        name for path in folder.glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
-    }
+    source = "".join(path.read_text() for path in folder.glob("test_*.py"))
+    tests = set(re.findall(r"def (test_\w+)", source))
     table = (folder / "faults.md").read_text().partition("\n## ")[0]
     rows = [row for row in table.splitlines() if row.startswith("| ")][1:]
     named = [set(re.findall(r"`(test_\w+)`", row)) for row in rows if not row.startswith("| **")]
@@ -186,9 +185,8 @@ def test_a_disk_that_is_full_for_the_curves(tmp_path, monkeypatch):
         train(tmp_path, dac, log_every=1, save_every=1000, eval_episodes=0, total_steps=1000)
 
 
-@pytest.mark.parametrize(
-    "name", ["file", "L\udcc3\udca4ufe"]
-)  # what other letters are in a locale of ASCII only
+# The second is what other letters are in a locale of ASCII only.
+@pytest.mark.parametrize("name", ["file", "L\udcc3\udca4ufe"])
 def test_a_folder_that_cannot_be_made(name, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=f"cannot write {tmp_path}/.*choose another --run-dir"):

@@ -100,9 +100,8 @@ def made_up(folder, **changes):
 
 def test_names_of_the_authors_become_ours(tmp_path):
     authors = parity.read_curves(made_up(tmp_path)).authors
-    assert {name: rows[1].tolist() for name, rows in authors.items()} == {
-        "bc_loss": [1, 2], "critic_loss": [4, 5], "actor_q": [10, -5], "q_mean": [1, 8]
-    }  # fmt: skip
+    expected = {"bc_loss": [1, 2], "critic_loss": [4, 5], "actor_q": [10, -5], "q_mean": [1, 8]}
+    assert {name: rows[1].tolist() for name, rows in authors.items()} == expected
 
 
 def test_points_outside_the_band_are_named(tmp_path, monkeypatch):

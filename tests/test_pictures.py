@@ -70,9 +70,8 @@ def test_trust_region_loss_is_the_loss_of_dtql():
     """At three actions, as the agent computes it."""
     dtql = toolbox.load_script("dtql")
     torch.manual_seed(0)
-    agent = dtql.DTQL(
-        1, 2, settings_for(dtql.Args, {}, "bandit-moons-v0", hidden_dims=(8, 8)), torch.device("cpu")
-    )
+    args = settings_for(dtql.Args, {}, "bandit-moons-v0", hidden_dims=(8, 8))
+    agent = dtql.DTQL(1, 2, args, torch.device("cpu"))
     loss = pictures.trust_region_loss(agent, 0.3, num_noises=2)
     noises = torch.randn(2, 1, 2, generator=torch.Generator().manual_seed(0))
     for y, x in [(0, 0), (50, 7), (100, 100)]:

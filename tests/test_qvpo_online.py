@@ -265,9 +265,7 @@ def test_a_damaged_file(tmp_path):
             experience_in(Counter()).load(tmp_path, state)
 
 
-@pytest.mark.parametrize(
-    ("env", "capacity"), [(Noisy(), 50), (Counter(), 5)], ids=["not repeatable", "its start is gone"]
-)
+@pytest.mark.parametrize("env, capacity", [(Noisy(), 50), (Counter(), 5)], ids=["not repeatable", "no start"])
 def test_an_episode_that_cannot_be_played_again(env, capacity, tmp_path, capsys):
     experience = experience_in(env, capacity)
     play(experience, 7)

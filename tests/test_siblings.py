@@ -36,9 +36,8 @@ def test_same_name_same_code_same_place():
 
 def test_edp_agents_differ_in_the_improvement_only():
     """Two of the three share every other method, so that their diff is that of TD3+BC, CRR and IQL."""
-    agents = [
-        named_statements(ROOT / f"edp_{name}.py", f"EDP{name.upper()}") for name in ("td3", "crr", "iql")
-    ]
+    names = ("td3", "crr", "iql")
+    agents = [named_statements(ROOT / f"edp_{name}.py", f"EDP{name.upper()}") for name in names]
     for first, second in combinations(agents, 2):
         for name in ("sample", "descend", "act"):
             assert first[name] == second[name], name

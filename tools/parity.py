@@ -152,20 +152,13 @@ def train(curves: Curves, seed: int, intervals: int | None = None, changes: Sequ
             super().log()
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(script, "Run", ShortRun):
-        words = [*curves.arguments, *changes, f"--seed={seed}", f"--dataset={curves.data}"]
-        words += [
-            f"--log-every={curves.interval}",
-            f"--save-every={last_step}",
-            "--eval-episodes=0",
-            "--device=cpu",
-        ]
+        words = [*curves.arguments, *changes, f"--seed={seed}", f"--dataset={curves.data}", "--device=cpu"]
+        words += [f"--log-every={curves.interval}", f"--save-every={last_step}", "--eval-episodes=0"]
         try:
             args = parse_args(script.Args, script.TASK_SETTINGS, [*words, f"--run-dir={folder}"])
         except SystemExit as error:  # tyro has said why
-            command = shlex.join(curves.arguments)
-            raise UserError(
-                f"{curves.script}.py does not take the arguments of the file: {command}"
-            ) from error
+            refused = f"the arguments of the file: {shlex.join(curves.arguments)}"
+            raise UserError(f"{curves.script}.py does not take {refused}") from error
         check_bounds(args)
         script.train(args)
     return points
@@ -272,9 +265,8 @@ def draw(curves: Curves, ours: dict[str, dict], path: Path) -> None:
     columns = 4 if len(metrics) in (4, 7, 8) else 3
     rows = math.ceil(len(metrics) / columns)
     plt = toolbox.pyplot()
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(9, 2 * rows + 0.4), squeeze=False, layout="constrained"
-    )
+    size = (9, 2 * rows + 0.4)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for each, metric in zip(axes.flat, metrics, strict=False):
         low, high = band(curves, metric)
         each.fill_between(curves.steps, low, high, color="tab:gray", alpha=0.2, linewidth=0)
@@ -311,9 +303,8 @@ def main(args: Args) -> None:
         ours = our_curves(curves, args)
         draw(curves, ours, path)
         rows.append(table(curves, ours))
-    print(
-        "| script | quantity | step | authors | ours | furthest seed | band |\n|---|---|---|---|---|---|---|"
-    )
+    print("| script | quantity | step | authors | ours | furthest seed | band |")
+    print("|---|---|---|---|---|---|---|")
     print("\n".join(rows))
 
 

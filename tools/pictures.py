@@ -178,9 +178,8 @@ def dtql_trust_region(seed: int):
         agent = trained("dtql", task, seed, pretrain_steps=2000, total_steps=1, hidden_dims=(128, 128, 128))
         for panel, sigma in zip(row[1:], SIGMAS, strict=True):
             loss = trust_region_loss(agent, sigma)
-            panel.imshow(
-                loss, origin="lower", extent=(-1, 1, -1, 1), cmap="viridis_r", vmax=np.quantile(loss, 0.9)
-            )
+            shades = {"cmap": "viridis_r", "vmax": np.quantile(loss, 0.9)}
+            panel.imshow(loss, origin="lower", extent=(-1, 1, -1, 1), **shades)
             panel.set_title(f"loss at σ = {sigma:g}", fontsize=9)
     return figure
 
