@@ -21,18 +21,18 @@ TASK = "bandit-moons-v0"
 HEAD = """\
 # Report
 
-11 finished runs of 3 scripts on 4 tasks in runs: 1.1 hours of training.
+11 runs of 3 scripts on 4 tasks in runs: 1.1 hours of training.
 
 Versions: git_commit abc; torch 2.13.0; mujoco 3.11.0; gymnasium 1.4.0; numpy 2.4.6; python 3.11.7.
 
 ## Problems
 
 - dac on hopper-medium-v2, seed 2: not finished, at step 40 of 60; left out (dac hopper-medium-v2 2)
-- qvpo_online on InvertedPendulum-v5: no finished run of seed 2, which others have
-- edp_td3 on bandit-corners-v0: no finished run of seed 2, which others have
-- dac on bandit-moons-v0: no finished run of seed 1, 2, which others have
-- dac on hopper-medium-v2: no finished run of seed 2, which others have
-- edp_td3 on hopper-medium-v2: no finished run of seed 1, 2, which others have
+- qvpo_online on InvertedPendulum-v5: no run of seed 2 counts, but others' do
+- edp_td3 on bandit-corners-v0: no run of seed 2 counts, but others' do
+- dac on bandit-moons-v0: no run of seed 1, 2 counts, but others' do
+- dac on hopper-medium-v2: no run of seed 2 counts, but others' do
+- edp_td3 on hopper-medium-v2: no run of seed 1, 2 counts, but others' do
 """
 SCORES = """\
 | task | algorithm | seeds | last ten | averaged | oracle | published | data | steps | hours |
@@ -101,9 +101,9 @@ def grid(runs):
     return runs
 
 
-def make(*folders, output="report"):
+def make(*folders, output="report", **options):
     """The report and its problems."""
-    report.main(Args([str(folder) for folder in folders], output))
+    report.main(Args([str(folder) for folder in folders], output, **options))
     text = (report.Path(output) / "report.md").read_text()
     section = text.partition("## Problems\n\n")[2].partition("\n\n##")[0]
     return text, [line.removeprefix("- ") for line in section.splitlines()]
@@ -255,6 +255,16 @@ def test_a_seed_that_was_run_twice_counts_once(runs):
     assert cells_of(text, "| bandit-moons-v0 |")[2:4] == ["1", "30.0"]
 
 
+def test_unfinished_runs_count_on_request(runs):
+    for seed, finished in enumerate([True, False]):
+        write_run(runs / str(seed), "dac", TASK, seed, 50 + 20 * seed, finished)
+    assert make("runs")[1][0].startswith("dac on bandit-moons-v0, seed 1: not finished, at step 40")
+    text, problems = make("runs", unfinished=True)
+    assert problems == ["None: every run counts, no seed is missing."]
+    cells = cells_of(text, "| bandit-moons-v0 |")
+    assert cells[3] == "60.0 [50.0, 70.0]" and cells[8] == "40 of 60"
+
+
 def test_runs_that_do_not_count(runs):
     """They are named, but for one without a checkpoint that was begun again."""
     write_run(runs / "a", "dac", TASK, 0, 50)
@@ -327,7 +337,7 @@ def test_folders_without_runs(runs):
         (runs.mkdir, "there is no run in runs or below: no config.json"),
         (
             lambda: write_run(runs / "a", "dac", TASK, 0, 50, finished=False),
-            "no finished and evaluated run:\n  dac",
+            "no run counts:\n  dac",
         ),
     ]:
         found()

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,11 +59,12 @@ class Args:
 
     folders: Annotated[list[str], tyro.conf.Positional]  # searched for runs, at any depth
     output: str = "report"  # folder for report.md and curves.png
+    unfinished: bool = False  # count runs that are not finished, too, as far as they have come
 
 
 @dataclass
 class Group:
-    """The finished runs that differ in the seed alone."""
+    """The runs that differ in the seed alone."""
 
     script: str
     task: str  # env_id, and the dataset if it is another than the task's own
@@ -108,11 +110,11 @@ def find_runs(folders: list[str]) -> list[RecordedRun]:
     return [toolbox.read_run(folder) for folder in sorted(found, key=lambda each: (each.name, str(each)))]
 
 
-def flaw(run: RecordedRun) -> str | None:
-    """Why a run does not count; None: it does."""
+def flaw(run: RecordedRun, unfinished: bool) -> str | None:
+    """Why a run does not count; None: it does. Whether unfinished ones count is given."""
     if run.evaluations is None:
         return "it stopped before its first checkpoint"
-    if not run.finished:
+    if not (run.finished or unfinished):
         return f"not finished, at step {run.step:,} of {run.total_steps:,}"
     if not run.evaluations:
         return "not evaluated"
@@ -122,7 +124,7 @@ def flaw(run: RecordedRun) -> str | None:
     return bad[0] if bad else None
 
 
-def group_runs(runs: list[RecordedRun]) -> tuple[list[Group], list[str]]:
+def group_runs(runs: list[RecordedRun], unfinished: bool = False) -> tuple[list[Group], list[str]]:
     """The runs that count in groups, by task and label; and a line for all that needs a remark."""
     groups, counted, problems, aside = {}, {}, [], toolbox.WHERE_AND_HOW | {"seed", "env_id"}
     for run in sorted(runs, key=lambda run: run.evaluations is None):  # those without results last
@@ -130,7 +132,7 @@ def group_runs(runs: list[RecordedRun]) -> tuple[list[Group], list[str]]:
         settings = {name: value for name, value in run.args.items() if name not in aside}
         key = env_id, run.script, json.dumps(settings, sort_keys=True)
         earlier, who = counted.get((key, seed)), f"{run.script} on {env_id}, seed {seed}"
-        if reason := flaw(run):
+        if reason := flaw(run, unfinished):
             if run.evaluations is not None or not earlier:  # else it was killed early, and begun again
                 problems.append(f"{who}: {reason}; left out ({run.folder.name})")
             continue
@@ -165,7 +167,7 @@ def missing_seeds(groups: list[Group]) -> list[str]:
     for group in groups:
         if missing := ", ".join(map(str, sorted(seeds - group.runs.keys()))):
             who = f"{group.label} on {group.task}"
-            lines.append(f"{who}: no finished run of seed {missing}, which others have")
+            lines.append(f"{who}: no run of seed {missing} counts, but others' do")
     return lines
 
 
@@ -221,7 +223,9 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def score_row(group: Group) -> list[str]:
     """The row of one algorithm on one task."""
-    last_ten, unit, run = group.last_ten(), group.unit, group.runs[min(group.runs)]
+    last_ten, unit = group.last_ten(), group.unit
+    run = min(group.runs.values(), key=lambda run: run.step)
+    steps = f"{run.step:,}" if run.finished else f"{run.step:,} of {run.total_steps:,}"
     return [
         group.task,
         group.label,
@@ -231,7 +235,7 @@ def score_row(group: Group) -> list[str]:
         number(group.best(), unit),
         "; ".join(text for text, _ in published(group)) or "-",
         number(group.data_score(), unit),
-        f"{run.total_steps:,}",
+        steps,
         f"{np.mean([run.hours for run in group.runs.values()]):.2g}",
     ]
 
@@ -268,13 +272,13 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
     """The text of report.md."""
     runs = [run for group in groups for run in group.runs.values()]
     tasks, scripts = {group.task for group in groups}, {group.script for group in groups}
-    counts = f"{len(runs)} finished runs of {len(scripts)} scripts on {len(tasks)} tasks"
+    counts = f"{len(runs)} runs of {len(scripts)} scripts on {len(tasks)} tasks"
     hours = sum(run.hours for run in runs)
     found = {name: sorted({str(run.config.get(name, "unknown")) for run in runs}) for name in VERSIONS}
     versions = "; ".join(f"{name} {', '.join(values)}" for name, values in found.items())
     lines = ["# Report", "", f"{counts} in {', '.join(folders)}: {hours:.2g} hours of training.", ""]
     lines += [f"Versions: {versions}.", "", "## Problems", ""]
-    lines += [f"- {problem}" for problem in problems] or ["None: every run is finished, no seed is missing."]
+    lines += [f"- {problem}" for problem in problems] or ["None: every run counts, no seed is missing."]
     header = ["task", "algorithm", "seeds", "last ten", "averaged", "oracle", "published", "data"]
     rows = [score_row(group) for group in groups]
     lines += ["", "## Scores", ABOUT_SCORES, *table([*header, "steps", "hours"], rows)]
@@ -317,7 +321,8 @@ def draw_curves(groups: list[Group]):
                 ax.fill_between(steps, *ends, color=colors[group.label], alpha=0.15, linewidth=0)
         if group.data_score() is not None:
             ax.axhline(group.data_score(), color="gray", linestyle="--", linewidth=0.8)
-        ax.set(title=task, xlabel="steps", ylabel="normalized score" if group.unit == "score" else "return")
+        ax.set_title(textwrap.fill(task, 40), fontsize=10)
+        ax.set(xlabel="steps", ylabel="normalized score" if group.unit == "score" else "return")
         ax.grid(alpha=0.3)
     ordered = [lines[label] for label in labels]
     figure.legend(ordered, labels, loc="outside lower center", ncols=across, fontsize=9)
@@ -325,9 +330,9 @@ def draw_curves(groups: list[Group]):
 
 
 def main(args: Args) -> None:
-    groups, problems = group_runs(find_runs(args.folders))
+    groups, problems = group_runs(find_runs(args.folders), args.unfinished)
     if not groups:
-        raise UserError("no finished and evaluated run:\n  " + "\n  ".join(problems))
+        raise UserError("no run counts:\n  " + "\n  ".join(problems))
     picture = toolbox.png(draw_curves(groups), dpi=120)
     text = write_report(groups, problems, args.folders).encode(errors="surrogateescape")
     output = user_path(args.output)
