@@ -101,8 +101,8 @@ TASK_SETTINGS = {
     # Ours, to learn in minutes on a CPU.
     "InvertedPendulum-v5": PENDULUM,
     "Pendulum-v1": PENDULUM,
-    "bandit": dict(total_steps=2_000, eval_every=500, learning_starts=1_000, diffusion_steps=5, tau=0.05,
-                   hidden_dims=(64, 64, 64), num_train_samples=8, actor_lr=1e-3, critic_lr=1e-2),
+    "bandit": dict(total_steps=2_500, eval_every=500, learning_starts=1_000, diffusion_steps=5, tau=0.05,
+                   hidden_dims=(64, 64, 64), num_train_samples=16, actor_lr=3e-4, critic_lr=1e-2),
 }
 # fmt: on
 
