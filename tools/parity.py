@@ -39,6 +39,7 @@ WIDTHS = {
     "value_loss": 0.55,
     "q_mean": 0.1,
     "q_std": 0.2,
+    "q_norm": 0.13,
     "advantage": 0.75,
     "dac guidance_loss": 0.9,  # of this script alone
     "other": 0.09,
