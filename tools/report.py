@@ -111,7 +111,7 @@ def find_runs(folders: list[str]) -> list[RecordedRun]:
 
 
 def flaw(run: RecordedRun, unfinished: bool) -> str | None:
-    """Why a run does not count; None: it does. Whether unfinished ones count is given."""
+    """Why a run does not count; None: it does. With `unfinished` those count that have not ended yet."""
     if run.evaluations is None:
         return "it stopped before its first checkpoint"
     if not (run.finished or unfinished):
