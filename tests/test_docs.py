@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import toolbox
 from common.settings import check_bounds, parse_args
 from common.tasks import check_task
 
 import benchmark
 import pytest
+import report
 import siblings
 import tyro
 from siblings import count_lines, loaded_with
@@ -118,6 +120,35 @@ def test_recipes_count_runs_and_steps():
         jobs = benchmark.plan_grid(tyro.cli(benchmark.Args, args=first.split()), last.split())
         steps = sum(job.settings["total_steps"] + job.settings.get("pretrain_steps", 0) for job in jobs)
         assert (len(jobs), steps / 1e6) == (int(num_runs), float(millions)), command
+
+
+# === Recorded runs ===
+def test_the_table_of_long_runs_is_that_of_their_results():
+    page = ROOT / "docs" / "results" / "README.md"
+    [text] = re.findall(r"^(\| recording \| run \|.*?)\n\n", page.read_text(), re.M | re.S)
+    header, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    linked = set()
+    for row in rows:
+        cells = dict(zip(header, row, strict=True))
+        [(name, link)] = re.findall(r"`(\w+)\.py`.*\]\((.*)/results\.json\)", cells["run"])
+        run = toolbox.read_run(page.parent / link)
+        assert (f"hopper-{cells['recording']}-v2", name) == (run.args["env_id"], run.script)
+        for step in [column for column in header if column[0].isdigit()]:
+            score = run.evaluations.get(int(step.replace(",", "")))
+            assert cells[step] == ("" if score is None else f"{score:.1f}"), row
+        last_ten = list(run.evaluations.values())[-10:]
+        averages = [f"{sum(last_ten) / len(last_ten):.1f}", f"{run.step:,}", f"{run.hours:.1f}"]
+        assert [cells["last ten"], cells["steps"], cells["hours"]] == averages, row
+        linked.add(page.parent / link)
+    assert linked == {path.parent for path in (page.parent / "hopper").glob("*/config.json")}
+    assert len(linked) == len(rows)
+
+
+def test_the_report_of_long_runs_is_todays(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    groups, problems = report.group_runs(report.find_runs(["docs/results/hopper"]), unfinished=True)
+    written = (ROOT / "docs" / "results" / "hopper" / "report.md").read_text()
+    assert report.write_report(groups, problems, ["docs/results/hopper"]) == written
 
 
 # === Links ===
