@@ -123,7 +123,8 @@ def write_records(folder, script, args, config=None, **results):
     known = {"format": FORMAT, "step": 5, "total_steps": 5, "finished": True, "evaluations": []}
     known |= {"data": None, "data_mean": {"return": None, "score": None}, "train_seconds": 360.0}
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"script": script, "args": args} | (config or {})))
+    config = {"script": script, "args": args, "sources": {}} | (config or {})
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "results.json").write_text(json.dumps(known | results))
 
 

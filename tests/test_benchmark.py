@@ -45,7 +45,8 @@ def train(args):
     name = f"{args.env_id}__counter__{args.seed}__{time.time_ns()}"
     folder = pathlib.Path(args.resume or f"{args.run_dir}/{name}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"script": "counter", "args": asdict(args)}))
+    config = {"script": "counter", "args": asdict(args), "sources": {}}
+    (folder / "config.json").write_text(json.dumps(config))
     checkpoint = folder / "checkpoint.pt"
     first = int(checkpoint.read_text()) if checkpoint.exists() else 0
     print(f"from step {first}, threads {os.environ['OMP_NUM_THREADS']} {os.environ['OMP_WAIT_POLICY']},",

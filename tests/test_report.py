@@ -72,8 +72,9 @@ def write_run(folder, script, env_id, seed, last_ten, finished=True, evaluations
     ]
     total = 30 * max(evaluations, 1)
     results |= {"step": total if finished else 40, "total_steps": total, "finished": finished}
-    args = {"env_id": env_id, "seed": seed, "dataset": None, "eta": 1.0, "run_dir": "x"} | args
-    write_records(folder, script, args, {"git_commit": "abc", **VERSIONS}, **results)
+    defaults = {"env_id": env_id, "seed": seed, "dataset": None, "eta": 1.0, "run_dir": "x"}
+    config = {"git_commit": "abc", **VERSIONS, "sources": dict.fromkeys(args, "given")}
+    write_records(folder, script, defaults | args, config, **results)
     return folder
 
 
@@ -245,6 +246,18 @@ def test_runs_with_different_settings_have_rows_of_their_own(runs):
     assert problems == ["dac on bandit-moons-v0: runs with different eta, in rows of their own"]
     assert cells_of(text, "| bandit-moons-v0 | dac (eta 1.0) |")[2:4] == ["2", "20.0 [10.0, 30.0]"]
     assert cells_of(text, "| bandit-moons-v0 | dac (eta 5.0) |")[2:4] == ["2", "80.0 [70.0, 90.0]"]
+
+
+def test_a_row_is_named_by_what_was_chosen(runs):
+    """Not by the defaults it differs in from another row, nor by its steps, as long as that is clear."""
+    write_run(runs / "a", "dac", TASK, 0, 10)
+    write_run(runs / "b", "dac", TASK, 0, 20, eta=5.0, total_steps=30)
+    write_run(runs / "c", "dtql", TASK, 0, 30, total_steps=30)
+    write_run(runs / "d", "dtql", TASK, 0, 40, total_steps=60)
+    text, problems = make("runs")
+    names = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith(f"| {TASK} |")]
+    assert names == ["dac", "dac (eta 5.0)", "dtql (total_steps 30)", "dtql (total_steps 60)"]
+    assert problems[0] == f"dac on {TASK}: runs with different eta, total_steps, in rows of their own"
 
 
 def test_a_seed_that_was_run_twice_counts_once(runs):

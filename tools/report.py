@@ -70,6 +70,7 @@ class Group:
     task: str  # env_id, and the dataset if it is another than the task's own
     env_id: str
     settings: dict  # the runs' arguments, but for seed, env_id and what does not count
+    given: set[str]  # names of settings that are neither defaults nor in the task's row
     unit: str  # score or return
     online: bool  # whether it learned from what it did itself
     runs: dict[int, RecordedRun] = field(default_factory=dict)  # by seed
@@ -139,7 +140,8 @@ def group_runs(runs: list[RecordedRun], unfinished: bool = False) -> tuple[list[
         if earlier:
             problems.append(f"{who}: made twice; counted {run.folder.name}, left out {earlier.folder.name}")
         counted[key, seed] = run
-        new = Group(run.script, run.data or env_id, env_id, settings, run.unit, run.data is None)
+        task, given = run.data or env_id, {name for name, source in run.sources.items() if source == "given"}
+        new = Group(run.script, task, env_id, settings, given, run.unit, run.data is None)
         groups.setdefault((*key, run.unit), new).runs[seed] = run
     problems += set_apart(list(groups.values()))
     in_order = sorted(groups.values(), key=lambda group: (group.task, group.script, group.label))
@@ -147,18 +149,32 @@ def group_runs(runs: list[RecordedRun], unfinished: bool = False) -> tuple[list[
 
 
 def set_apart(groups: list[Group]) -> set[str]:
-    """Give every group its label; returns a line for each script that has several groups on a task."""
-    problems = set()
+    """Give every group its label; returns a line for each script that has several groups on a task.
+
+    The label names what the user chose; the steps have a column of their own.
+    """
+    problems, kinds = set(), defaultdict(list)
     for group in groups:
-        same = [other for other in groups if (other.script, other.task) == (group.script, group.task)]
-        names = sorted(set().union(*(other.settings for other in same)))
-        differing = [name for name in names if len({str(other.settings.get(name)) for other in same}) > 1]
-        values = ", ".join(f"{name} {group.settings.get(name)}" for name in differing)
-        group.label = f"{group.script} ({values})" if differing else group.script
+        kinds[group.script, group.task].append(group)
+    for (script, task), same in kinds.items():
+        names = sorted(set().union(*(group.settings for group in same)))
+        differing = [name for name in names if len({str(group.settings.get(name)) for group in same}) > 1]
+        chosen = [[name for name in differing if name in group.given - {"total_steps"}] for group in same]
+        labels = list(map(label_with, same, chosen))
+        if len(set(labels)) < len(same):  # the row of the task has changed, or the steps alone differ
+            labels = [label_with(group, differing) for group in same]
+        for group, text in zip(same, labels, strict=True):
+            group.label = text
         if differing:
-            who = f"{group.script} on {group.task}"
+            who = f"{script} on {task}"
             problems.add(f"{who}: runs with different {', '.join(differing)}, in rows of their own")
     return problems
+
+
+def label_with(group: Group, names: list[str]) -> str:
+    """The script and the values of these settings: edp_td3 (guidance_weight 0.0)"""
+    values = ", ".join(f"{name} {group.settings.get(name)}" for name in names)
+    return f"{group.script} ({values})" if names else group.script
 
 
 def missing_seeds(groups: list[Group]) -> list[str]:

@@ -70,6 +70,7 @@ class RecordedRun:
     config: dict
     script: str
     args: dict  # every argument, env_id and seed among them
+    sources: dict  # where the value of each came from: given, default, or a row of settings
     step: int = 0
     total_steps: int = 0
     finished: bool = False
@@ -85,7 +86,8 @@ def read_run(folder: Path) -> RecordedRun:
     path = folder / "config.json"
     try:
         config = read_json(path)
-        run = RecordedRun(folder, config, text(config["script"]), dict(config["args"]))
+        script, args, sources = text(config["script"]), dict(config["args"]), dict(config["sources"])
+        run = RecordedRun(folder, config, script, args, sources)
         run.args |= {"env_id": text(run.args["env_id"]), "seed": whole(run.args["seed"])}
         path = folder / "results.json"
         if not path.exists():
