@@ -70,7 +70,6 @@ class Group:
     task: str  # env_id, and the dataset if it is another than the task's own
     env_id: str
     settings: dict  # the runs' arguments, but for seed, env_id and what does not count
-    given: set[str]  # names of settings that are neither defaults nor in the task's row
     unit: str  # score or return
     online: bool  # whether it learned from what it did itself
     runs: dict[int, RecordedRun] = field(default_factory=dict)  # by seed
@@ -82,6 +81,12 @@ class Group:
         if self.env_id == BUNDLED or self.settings.get("dataset"):
             return self.task
         return "locomotion" if self.env_id.startswith(LOCOMOTION) else table_names(self.env_id)[-1]
+
+    @property
+    def given(self) -> set[str]:
+        """Names of the settings that are neither defaults nor in the task's row."""
+        first = next(iter(self.runs.values()))
+        return {name for name, source in first.sources.items() if source == "given"}
 
     def last_ten(self) -> np.ndarray:
         """The mean of each seed's last ten evaluations, (seeds,)."""
@@ -140,8 +145,7 @@ def group_runs(runs: list[RecordedRun], unfinished: bool = False) -> tuple[list[
         if earlier:
             problems.append(f"{who}: made twice; counted {run.folder.name}, left out {earlier.folder.name}")
         counted[key, seed] = run
-        task, given = run.data or env_id, {name for name, source in run.sources.items() if source == "given"}
-        new = Group(run.script, task, env_id, settings, given, run.unit, run.data is None)
+        new = Group(run.script, run.data or env_id, env_id, settings, run.unit, run.data is None)
         groups.setdefault((*key, run.unit), new).runs[seed] = run
     problems += set_apart(list(groups.values()))
     in_order = sorted(groups.values(), key=lambda group: (group.task, group.script, group.label))
