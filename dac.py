@@ -80,7 +80,7 @@ class Args:
     critic_lr: NonNegative[float] = 3e-4  # learning rate of the critics; falls likewise
     max_grad_norm: Positive[float] = 1.0  # limit of the global gradient norm, per optimizer
     actor_target_every: Positive[int] = 5  # steps between updates of the target actor
-    actor_target_start: NonNegative[int] = 1000  # the target actor stays as it is up to this step
+    actor_target_start: NonNegative[int] = 1000  # the target actor moves after more finished steps than this
     num_action_samples: Positive[int] = 10  # candidate actions per state when acting; the best by Q is taken
     reward_tune: str = "iql_locomotion"  # rule for the training rewards, see tune_rewards; D8
 

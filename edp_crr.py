@@ -74,7 +74,7 @@ class Args:
     critic_lr: NonNegative[float] = 3e-4  # learning rate of all other networks
     max_grad_norm: Positive[float] = 5.0  # limit of the gradient norm of each network
     actor_target_every: Positive[int] = 5  # steps between updates of the target actor
-    actor_target_start: NonNegative[int] = 1000  # the target actor stays as it is up to this step
+    actor_target_start: NonNegative[int] = 1000  # the target actor moves in later updates than this
     num_action_samples: Positive[int] = 10  # candidates per state when acting, N of Alg. 2
     policy_scale: Positive[float] = 1.0  # when acting, factor on the predicted noise; above 1 is narrower
     noise_scale: NonNegative[float] = 1.0  # factor on the initial noise when acting; at 0, dpm has no noise

@@ -33,6 +33,7 @@ def make_env(
 ) -> gymnasium.Env:
     """A fresh environment: observations (obs_dim,), flattened if need be; actions (action_dim,) in [-1, 1].
 
+    Other actions are clipped, as D4RL does; MuJoCo would clip the torque, but reckon the cost of the whole.
     D4RL's tasks run in D4RL's environments, as far as those exist today: docs/tasks.md. UserError if there is
     no environment, it is not installed or not continuous, or has other sizes than those given.
     """
@@ -42,10 +43,10 @@ def make_env(
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # Gymnasium's, on its v4
             env: Any = original_env(task, **options)
         check_spaces(task, env.observation_space, env.action_space)
-        if len(env.observation_space.shape or ()) != 1:  # a Dict has no shape
-            env = gymnasium.wrappers.FlattenObservation(env)
+        env = flattened(env)
         if (env.action_space.low != -1).any() or (env.action_space.high != 1).any():
             env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        env = gymnasium.wrappers.TransformAction(env, lambda action: action.clip(-1, 1), env.action_space)
     except UserError:
         raise
     except Exception as error:  # whatever an environment's author may raise, most often a missing package
@@ -79,6 +80,12 @@ def original_env(task: str, **options) -> gymnasium.Env:
         spec = vars(gymnasium.spec(task))
     options["max_episode_steps"] = spec["max_episode_steps"] or LONGEST_EPISODE
     return gymnasium.make(spec["id"], **spec["kwargs"] | options)
+
+
+def flattened(env: gymnasium.Env) -> gymnasium.Env:
+    """The same environment with observations (obs_dim,)."""
+    is_flat = len(env.observation_space.shape or ()) == 1  # a Dict has no shape
+    return env if is_flat else gymnasium.wrappers.FlattenObservation(env)
 
 
 def pad_contact_forces(env: gymnasium.Env) -> gymnasium.Env:

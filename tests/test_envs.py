@@ -60,6 +60,16 @@ def test_actions_are_scaled_to_the_environment():
     np.testing.assert_allclose(scaled.step(np.float32([0.5]))[0], plain.step(np.float32([1.0]))[0], atol=1e-6)
 
 
+def test_actions_are_clipped_as_in_d4rl():
+    """Otherwise MuJoCo would clip the torque, but the reward count the cost of the whole action."""
+    rewards = []
+    for size in (1, 3):
+        env = make_env("hopper-medium-v2")
+        env.reset(seed=0)
+        rewards.append(env.step(np.full(3, size, np.float32))[1])
+    assert rewards[0] == rewards[1]
+
+
 def test_tasks_without_an_environment_still_load(tmp_path):
     data = load_dataset("maze2d-umaze-v1", write(tmp_path / "data.hdf5"))
     with pytest.raises(UserError, match="environment of maze2d.* are not part of .*\n.*--eval-episodes 0"):
