@@ -171,7 +171,8 @@ def cut_at_horizon(terminals: np.ndarray, task: str) -> np.ndarray:
     if task in D4RL_TASKS:
         horizon = D4RL_TASKS[task]["horizon"]
     else:
-        horizon = getattr(make_env(task).spec, "max_episode_steps", None) or len(terminals) + 1
+        env = make_env(task, advice="without it the file needs timeouts, true where an episode was cut off")
+        horizon = getattr(env.spec, "max_episode_steps", None) or len(terminals) + 1
     timeouts = np.zeros_like(terminals)
     start = 0
     for end in [*np.flatnonzero(terminals), len(terminals) - 1]:

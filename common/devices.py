@@ -39,6 +39,8 @@ def use_device(name: str, num_threads: int, matmul_precision: str) -> torch.devi
         device = torch.empty(0, device=chosen).device
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("it is neither cpu nor cuda")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # CUDA graphs and their streams are those of the current one
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

@@ -285,7 +285,7 @@ class Run:
         spread = f"return {evaluation['return_mean']:.5g} +- {evaluation['return_std']:.4g}"
         self.bar.set_postfix_str(final)
         self.bar.write(f"step {self.step:,}: {spread}, {final} (best {best}, last ten {last_ten})")
-        self.logged = time.time()
+        self.logged += evaluation["seconds"]  # so that they do not count in steps_per_second
 
     # --- Saving and restoring ---
     def save(self, finished: bool = False) -> None:

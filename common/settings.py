@@ -15,7 +15,7 @@ import tyro
 from typeguard import TypeCheckError, check_type
 
 Args = TypeVar("Args", bound=Any)  # the class Args of a script
-TaskSettings = dict[str, dict[str, object]]  # task or domain -> the settings that differ from those in Args
+TaskSettings = dict[str, dict[str, object]]  # task or domain -> its row, whose values replace those in Args
 
 
 class Bound(NamedTuple):
@@ -53,13 +53,13 @@ def check_bounds(args: object) -> None:
 
 
 def task_row(env_id: str, task_settings: TaskSettings) -> tuple[dict[str, object], str]:
-    """The row of a task, and what to call it: task, domain (<its name>), or nothing if there is none.
+    """The row of a task, and what to call it: task, row (<its name>), or nothing if there is none.
 
     A task without a row of its own gets that of the papers' version of it, or that of its domain.
     """
     for name in table_names(env_id):
         if name in task_settings:
-            return task_settings[name], "task" if name == env_id else f"domain ({name})"
+            return task_settings[name], "task" if name == env_id else f"row ({name})"
     return {}, ""
 
 
@@ -70,7 +70,7 @@ def settings_for(args_class: type[Args], task_settings: TaskSettings, env_id: st
 
 
 def sources_of(args: Any, task_settings: TaskSettings) -> dict[str, str]:
-    """Setting -> where its value came from: given, task, domain (<row>) or default."""
+    """Setting -> where its value came from: task, row (<name>), default, or given if it differs from that."""
     row, of_row = task_row(args.env_id, task_settings)
     expected = settings_for(type(args), task_settings, args.env_id)
     sources = {}

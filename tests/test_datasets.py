@@ -159,6 +159,12 @@ def test_horizon_of_other_tasks(task, dropped, tmp_path):
     assert len(load_dataset(task, path).rewards) == 1500 - dropped
 
 
+def test_without_an_environment_a_file_needs_timeouts(tmp_path):
+    load_dataset("Hopper-v2", write(tmp_path / "whole.hdf5"))
+    with pytest.raises(UserError, match="environment of Hopper-v2: .*\nwithout it the file needs timeouts"):
+        load_dataset("Hopper-v2", write(tmp_path / "data.hdf5", timeouts=None))
+
+
 def test_bundled_task():
     data = load_dataset("hopper-mini-v0")
     assert data.observations.shape[1] == 11 and data.actions.shape[1] == 3

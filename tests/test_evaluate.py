@@ -53,6 +53,12 @@ def test_the_final_evaluation_comes_out_again(finished_by):
         assert again[name] == own[name]
 
 
+def test_products_are_as_exact_as_the_runs(finished):
+    for precision in ("medium", "highest"):
+        score(finished, "--matmul-precision", precision, episodes=1)
+        assert torch.get_float32_matmul_precision() == precision
+
+
 def test_acting_in_another_way(finished, capsys):
     """Arguments after -- replace the run's own, if the networks are the same."""
     own = evaluations_of(finished)[-1]["returns"]

@@ -21,7 +21,7 @@ TASK = "bandit-moons-v0"
 HEAD = """\
 # Report
 
-11 runs of 3 scripts on 4 tasks in runs: 1.1 hours of training.
+11 runs of 3 scripts on 4 tasks in runs: 1.1 hours.
 
 Versions: git_commit abc; torch 2.13.0; mujoco 3.11.0; gymnasium 1.4.0; numpy 2.4.6; python 3.11.7.
 

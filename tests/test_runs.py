@@ -7,6 +7,7 @@ import shutil
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import dac
 import dtql
@@ -22,6 +23,7 @@ import torch
 from agents import random_batch
 from recordings import flags, write
 from runs import assert_same_run, before_call, curves_of, folder_in, load, results_of, resume, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -183,7 +185,7 @@ def test_more_steps_with_other_settings(finished, tmp_path):
     expected = {"total_steps": 30, "gamma": 0.5, "log_every": 7, "hidden_dims": [8, 8], "eta_lr": 0.01}
     assert {name: config["args"][name] for name in expected} == expected
     assert {config["sources"][name] for name in expected} == {"given"}
-    assert config["sources"]["actor_lr"] == "domain (bandit)"
+    assert config["sources"]["actor_lr"] == "row (bandit)"
     assert load(folder)["step"] == results_of(folder)["total_steps"] == 30
     assert [each["step"] for each in results_of(folder)["evaluations"]] == [6, 12, 18, 24, 30]
 
@@ -201,6 +203,25 @@ def test_files(finished, script):
     assert finished(script).name.startswith(f"bandit-moons-v0__{script.__name__}__0__2")
 
 
+def test_the_speed_leaves_out_evaluations(tmp_path, monkeypatch):
+    """By a clock on which a step takes 2 s, and an evaluation, within a point of the curve, 100 s."""
+    now = [0.0]
+
+    def takes(seconds, function):
+        def timed(*arguments):
+            now[0] += seconds
+            return function(*arguments)
+
+        return timed
+
+    monkeypatch.setattr("common.runs.time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(dac.DAC, "update", takes(2, dac.DAC.update))
+    monkeypatch.setattr(dac, "evaluate", takes(100, dac.evaluate))
+    folder = train(tmp_path, dac, log_every=4, eval_every=6)
+    speeds = EventAccumulator(str(folder)).Reload().Scalars("charts/steps_per_second")
+    assert [event.value for event in speeds] == [0.5] * 6
+
+
 def test_two_runs_that_start_together_have_two_folders(tmp_path):
     for _ in range(2):
         dac.train(runs.tiny_settings(dac, run_dir=str(tmp_path), total_steps=1))
@@ -211,7 +232,7 @@ def test_config(finished):
     config = json.loads((finished(dac) / "config.json").read_text())
     settings = vars(runs.tiny_settings(dac, run_dir=str(finished(dac).parent)))
     assert config["args"] == json.loads(json.dumps(settings))
-    assert (config["sources"]["num_qs"], config["sources"]["rho"]) == ("domain (bandit)", "default")
+    assert (config["sources"]["num_qs"], config["sources"]["rho"]) == ("row (bandit)", "default")
     assert (config["script"], config["torch"]) == ("dac", torch.__version__)
     assert {"device", "git_commit", "python", "numpy", "gymnasium", "mujoco"} <= config.keys()
 
@@ -272,8 +293,8 @@ def test_screen(tmp_path, capsys):
     assert rewards.startswith("rewards by antmaze100: [0, ")
     assert lines[0].startswith("dac on bandit-moons-v0: 10,000 transitions, 10,000 episodes, mean score ")
     sources = dict(line.strip().split(": ", 1) for line in lines[1:4])
-    assert list(sources) == ["given", "domain (bandit)", "default"]
-    assert "eta_lr 0.01" in sources["given"] and "num_qs 2" in sources["domain (bandit)"]
+    assert list(sources) == ["given", "row (bandit)", "default"]
+    assert "eta_lr 0.01" in sources["given"] and "num_qs 2" in sources["row (bandit)"]
     assert "rho 1.0" in sources["default"]
     assert f"  cpu, {matmul_library()}, seed 0, step 0 of 12, {folder}" in lines
     assert [line.split(":")[0] for line in lines[-4:-2]] == ["step 6", "step 12"]

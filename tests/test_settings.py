@@ -90,8 +90,8 @@ def test_a_task_without_a_row_has_that_of_its_domain(script, task):
     row = script.TASK_SETTINGS.get(domain, {})
     args, sources = resolve(script, task)
     assert args == replace(script.Args(), env_id=task, **row)
-    assert {name for name, source in sources.items() if source == f"domain ({domain})"} == row.keys()
-    assert set(sources.values()) <= {f"domain ({domain})", "default", "given"}
+    assert {name for name, source in sources.items() if source == f"row ({domain})"} == row.keys()
+    assert set(sources.values()) <= {f"row ({domain})", "default", "given"}
 
 
 def test_locomotion_without_a_row_has_the_defaults(script):
@@ -113,7 +113,7 @@ def test_given_beats_task_beats_default():
     args, sources = parsed("--eta=1.0", "--env-id=antmaze-umaze-v2", "--no-max-q-backup")
     assert (args.eta, sources["eta"]) == (dac.Args.eta, "given")  # though it is the default
     assert (args.max_q_backup, sources["max_q_backup"]) == (False, "given")
-    assert (args.eta_lr, sources["eta_lr"]) == (0.0, "domain (antmaze-umaze-v0)")
+    assert (args.eta_lr, sources["eta_lr"]) == (0.0, "row (antmaze-umaze-v0)")
 
 
 def test_a_checkpoint_has_the_defaults_of_a_resumed_run(tmp_path, capsys):

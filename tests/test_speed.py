@@ -29,6 +29,14 @@ def test_table(capsys):
     assert float(second[2]) > 1 and float(second[4]) > 1  # a 25th of the network calls
 
 
+def test_a_buffer_may_be_small():
+    """QVPO draws rows up to its step, of which there may be more than transitions."""
+    words = "--hidden-dims 8 8 --batch-size 4 --diffusion-steps 2 --num-train-samples 4"
+    train, _ = speed.prepare(f"qvpo_online {words}", speed.Args([], transitions=3))
+    for _ in range(20):
+        train()
+
+
 def test_another_checkout(tmp_path, capsys):
     """A script named by its path is run with all that lies beside it there."""
     for name in ("common", "tools"):

@@ -358,12 +358,13 @@ def main(args: Args, words: list[str]) -> None:
     states = Counter(state for state, _ in found.values())
     numbers = ", ".join(f"{states[state]} {state}" for state in ("finished", "stopped", "new"))
     print(f"{len(jobs)} runs in {jobs[0].folder.parent}: {numbers}")
-    check_tasks([job for job in jobs if found[job][0] == "new"])
     if args.dry_run:
         for job, (state, run) in found.items():
             print(f"{state:10}{job.name} at step {run.step if run else 0:,}, {job.folder.name}")
+        return
+    check_tasks([job for job in jobs if found[job][0] == "new"])
     todo = [job for job in jobs if found[job][0] != "finished"]
-    if args.dry_run or not todo:
+    if not todo:
         return
     engine = RayCluster(args) if args.ray_address else ThisMachine(args)
     print(engine.about)

@@ -26,12 +26,12 @@ from importlib import metadata
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import toolbox  # noqa: F401 (makes common/ importable)
 from common.checkpoints import FORMAT, cannot_write, load_checkpoint, lock_folder, write_atomically
 from common.devices import default_threads, use_device
-from common.envs import CheckedEnv, make_online_env, original_env
+from common.envs import CheckedEnv, flattened, make_online_env, original_env
 from common.runs import raise_if_interrupted, run_command, stopping_between_steps
 from common.scores import normalized_score
 from common.settings import NonNegative, Positive, UnitInterval
@@ -50,7 +50,7 @@ from stable_baselines3.common.logger import Logger
 from tqdm import tqdm
 
 Kind = Literal["random", "medium", "medium-replay", "expert", "medium-expert"]
-KINDS = ("random", "medium", "medium-replay", "expert", "medium-expert")
+KINDS = get_args(Kind)
 EVAL_SEED = 10_000  # evaluation episodes are seeded EVAL_SEED, EVAL_SEED + 1, ...
 SAC_OPTIONS = ("learning_rate", "batch_size", "gamma", "learning_starts")
 TRAINING = ("env_id", "seed", "eval_every", "eval_episodes", "hidden_dims", *SAC_OPTIONS)  # kept to its end
@@ -101,10 +101,7 @@ def make(env_id: str) -> gym.Env:
     make_online_env(env_id).close()  # which knows what may be wrong with it
     if env_id in BANDIT_TASKS:
         raise UserError(f"{env_id} is not a Gymnasium id; its data is generated where it is needed")
-    env = original_env(env_id)
-    if len(env.observation_space.shape or ()) != 1:  # a Dict has no shape
-        env = gym.wrappers.FlattenObservation(env)
-    return CheckedEnv(env, env_id)
+    return CheckedEnv(flattened(original_env(env_id)), env_id)
 
 
 def play(env: gym.Env, act: Callable, seed: int) -> EpisodeBuffer:

@@ -6,7 +6,7 @@
     python tools/evaluate.py checkpoint.pt --video hopper.png                   # or as a strip of pictures
     python tools/evaluate.py runs/<run> -- --num-action-samples 50              # acting in another way
 
-All that is needed is read from the checkpoint: the script, its arguments, the task. The evaluation is the
+Script, arguments and task are read from the checkpoint. The evaluation is the
 script's own evaluate(), with its seeds. docs/tools.md says more.
 """
 
@@ -175,6 +175,7 @@ def main(args: Args, words: Sequence[str] = ()) -> dict:
         raise UserError(f"--episodes is {args.episodes}; side by side there can be {MOST_EPISODES}")
     device = use_device(args.device, args.num_threads, "highest")
     script, run_args, agent = load_agent(args.checkpoint, device, words)
+    torch.set_float32_matmul_precision(run_args.matmul_precision)
     task = run_args.env_id
     rendered = make_rendered_env(task) if args.video else None
     print(f"{script.__name__} on {task}, seed {run_args.seed}: {args.checkpoint}")

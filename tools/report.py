@@ -26,14 +26,15 @@ PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_scores.json"
 VERSIONS = ("git_commit", "torch", "mujoco", "gymnasium", "numpy", "python")
 LOCOMOTION = ("halfcheetah-", "hopper-", "walker2d-", "ant-")
 ABOUT_SCORES = """
-D4RL's normalized score (0 random, 100 expert), or the return where a task has none.
+The normalized score (0 random, 100 expert) by the reference returns of D4RL or of a Minari dataset; the
+return where a task has none.
 
 - *last ten*: the mean of the last ten evaluations (RAT), or of all of them if there are fewer, as *averaged*
   says; then the mean over the seeds, with its 95 % bootstrap interval
 - *oracle*: the best evaluation of the training (OMS), chosen by the score itself, so not what one would get
 - *published*: by others, and in brackets how; a task is named there if it is another version of this one
 - *data*: the mean episode of the training data
-- *steps*: of each run; *hours*: of training, per run
+- *steps*: of each run; *hours*: of each run, with its evaluations
 """
 ABOUT_PUBLISHED = """
 Numbers of others, none measured here. What may be compared:
@@ -45,8 +46,9 @@ Numbers of others, none measured here. What may be compared:
 Other methods on these tasks:
 """
 ABOUT_DOMAINS = """
-Averages of the last ten over tasks, for algorithms with runs on all tasks of a domain. *IQM* is the
-interquartile mean over tasks x seeds, with a 95 % bootstrap interval that draws the seeds within each task.
+Averages of the last ten over tasks, for algorithms with runs on all tasks of a domain that are here. *IQM* is
+the interquartile mean over tasks x seeds, with a 95 % bootstrap interval that draws the seeds within each
+task.
 """
 ABOUT_CURVES = """
 Thick: mean over the seeds; shaded: its 95 % bootstrap interval; thin: each seed; dashed: the data's mean.
@@ -296,7 +298,7 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
     hours = sum(run.hours for run in runs)
     found = {name: sorted({str(run.config.get(name, "unknown")) for run in runs}) for name in VERSIONS}
     versions = "; ".join(f"{name} {', '.join(values)}" for name, values in found.items())
-    lines = ["# Report", "", f"{counts} in {', '.join(folders)}: {hours:.2g} hours of training.", ""]
+    lines = ["# Report", "", f"{counts} in {', '.join(folders)}: {hours:.2g} hours.", ""]
     lines += [f"Versions: {versions}.", "", "## Problems", ""]
     lines += [f"- {problem}" for problem in problems] or ["None: every run counts, no seed is missing."]
     header = ["task", "algorithm", "seeds", "last ten", "averaged", "oracle", "published", "data"]

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -84,7 +85,7 @@ def prepare(command: str, args: Args) -> tuple[Callable, Callable]:
     }
     data = script.Batch(**columns | {"terminal": torch.zeros(args.transitions, device=device)})
     update = accelerated(partial(agent.update, data), agent, script_args)
-    obs, steps = torch.zeros(1, args.obs_dim), iter(range(sys.maxsize))
+    obs, steps = torch.zeros(1, args.obs_dim), cycle(range(args.transitions))  # QVPO's, as a buffer fills
 
     def train() -> None:
         agent.set_step(next(steps))
