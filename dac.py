@@ -23,7 +23,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from common.datasets import load_dataset, tune_rewards
+from common.datasets import RewardRule, load_dataset, tune_rewards
 from common.devices import accelerated, default_threads, mish
 from common.runs import Run, raise_if_interrupted, run_command
 from common.settings import Even, Finite, NonNegative, Positive, UnitInterval
@@ -82,7 +82,7 @@ class Args:
     actor_target_every: Positive[int] = 5  # steps between updates of the target actor
     actor_target_start: NonNegative[int] = 1000  # the target actor moves after more finished steps than this
     num_action_samples: Positive[int] = 10  # candidate actions per state when acting; the best by Q is taken
-    reward_tune: str = "iql_locomotion"  # rule for the training rewards, see tune_rewards; D8
+    reward_tune: RewardRule = "iql_locomotion"  # rule for the training rewards, see tune_rewards; D8
 
 
 # fmt: off

@@ -22,7 +22,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from common.datasets import load_dataset, tune_rewards
+from common.datasets import RewardRule, load_dataset, tune_rewards
 from common.devices import accelerated, default_threads, mish
 from common.runs import Run, raise_if_interrupted, run_command
 from common.settings import Even, NonNegative, Positive, UnitInterval
@@ -74,7 +74,7 @@ class Args:
     actor_target_every: Positive[int] = 5  # steps between updates of the target actor
     actor_target_start: NonNegative[int] = 1000  # finished steps before the target actor moves
     num_action_samples: Positive[int] = 50  # candidate actions when acting; one is drawn by softmax of Q
-    reward_tune: str = "none"  # rule for the training rewards, see tune_rewards
+    reward_tune: RewardRule = "none"  # rule for the training rewards, see tune_rewards
 
 
 # fmt: off

@@ -21,7 +21,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from common.checkpoints import write_atomically
-from common.datasets import load_dataset, tune_rewards
+from common.datasets import RewardRule, load_dataset, tune_rewards
 from common.devices import accelerated, default_threads, mish
 from common.runs import Run, raise_if_interrupted, run_command
 from common.settings import Even, NonNegative, Positive, UnitInterval
@@ -72,7 +72,7 @@ class Args:
     critic_lr: NonNegative[float] = 3e-4  # learning rate of the critics and of V
     lr_decay: bool = False  # let the learning rates fall to 0 along a cosine, from step 0 on
     num_action_samples: Positive[int] = 1024  # candidate actions when acting; one is drawn by softmax of Q
-    reward_tune: str = "none"  # rule for the training rewards, see tune_rewards
+    reward_tune: RewardRule = "none"  # rule for the training rewards, see tune_rewards
 
 
 # fmt: off

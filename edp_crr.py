@@ -24,7 +24,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from common.datasets import load_dataset, tune_rewards
+from common.datasets import RewardRule, load_dataset, tune_rewards
 from common.devices import accelerated, default_threads, mish
 from common.runs import Run, raise_if_interrupted, run_command
 from common.settings import Even, NonNegative, Positive, UnitInterval
@@ -78,7 +78,7 @@ class Args:
     num_action_samples: Positive[int] = 10  # candidates per state when acting, N of Alg. 2
     policy_scale: Positive[float] = 1.0  # when acting, factor on the predicted noise; above 1 is narrower
     noise_scale: NonNegative[float] = 1.0  # factor on the initial noise when acting; at 0, dpm has no noise
-    reward_tune: str = "none"  # rule for the training rewards, see tune_rewards
+    reward_tune: RewardRule = "none"  # rule for the training rewards, see tune_rewards
     guidance_weight: NonNegative[float] = 1.0  # weight of L_pi beside L_diff, lambda of Alg. 1
 
     # --- CRR ---

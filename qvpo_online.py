@@ -61,7 +61,7 @@ class Args:
     eval_every: Positive[int] = 10_000  # steps between evaluations
     eval_episodes: NonNegative[int] = 10  # episodes per evaluation, side by side; 0: no evaluation
     log_every: Positive[int] = 500  # steps between two points of the loss curves; a point is their mean
-    save_every: Positive[int] = 10_000  # steps between checkpoints
+    save_every: Positive[int] = 1_000  # steps between checkpoints
     run_dir: str = "runs"  # folder that receives one folder per run
     resume: str | None = None  # continue this checkpoint or run folder; arguments given now replace its own
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from common.envs import make_env
 from common.scores import reference_returns
@@ -19,6 +20,9 @@ import h5py
 import numpy as np
 
 D4RL_FIELDS = ["observations", "actions", "rewards", "terminals", "timeouts"]
+RewardRule = Literal[
+    "none", "iql_locomotion", "iql_antmaze", "cql_antmaze", "antmaze", "antmaze100", "normalize", "minmax"
+]
 
 
 @dataclass(frozen=True)
@@ -210,11 +214,10 @@ def sum_by_episode(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return np.diff(np.cumsum(rewards, dtype=np.float64)[np.flatnonzero(ends)], prepend=0.0)
 
 
-def tune_rewards(data: Dataset, rule: str) -> np.ndarray:
+def tune_rewards(data: Dataset, rule: RewardRule) -> np.ndarray:
     """The rewards (N,) to train on, by one of the rules of the official codes; scores use the raw rewards.
 
-    Prints what the rule does to them. UserError: an unknown rule, or data for which the rule would divide
-    by zero.
+    Prints what the rule does to them. UserError: data for which the rule would divide by zero.
     """
     rewards = data.rewards.astype(np.float64)
     rules = {  # rule: what to subtract, then what to divide by
@@ -227,11 +230,10 @@ def tune_rewards(data: Dataset, rule: str) -> np.ndarray:
         "normalize": (rewards.mean(), rewards.std(ddof=1)),
         "minmax": ((rewards.max() + rewards.min()) / 2, np.ptp(rewards) / 2),  # onto [-1, 1]
     }
-    if rule not in rules:
-        raise UserError(f"unknown reward rule {rule!r}; choose from {', '.join(rules)}")
     shift, scale = rules[rule]
     if not scale > 1e-9:
-        raise UserError(f"{data.task}: reward rule {rule} is undefined, all returns or rewards are equal")
+        reason = "all rewards, or all returns of whole episodes, are equal"
+        raise UserError(f"{data.task}: --reward-tune {rule} is undefined: {reason}; none keeps the rewards")
     tuned = ((rewards - shift) / scale).astype(np.float32)
     if rule == "none":
         print(f"rewards as recorded: {describe(rewards)}")

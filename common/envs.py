@@ -1,6 +1,7 @@
 """From the name of a task to its environment: to evaluate in, or to learn in."""
 
 import math
+import traceback
 import warnings
 from typing import Any
 
@@ -77,7 +78,7 @@ def original_env(task: str, **options) -> gymnasium.Env:
 
         spec = minari_env_spec(task)
     else:
-        spec = vars(gymnasium.spec(task))
+        spec = vars(gymnasium.spec(task.rpartition(":")[2]))  # check_task() imported the module before it
     options["max_episode_steps"] = spec["max_episode_steps"] or LONGEST_EPISODE
     return gymnasium.make(spec["id"], **spec["kwargs"] | options)
 
@@ -151,4 +152,7 @@ class CheckedEnv(gymnasium.Wrapper):
 
     def failure(self, call: str, error: Exception) -> EnvironmentFailure:
         reason = f"{type(error).__name__}: {error}"
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        if place.filename != __file__:
+            reason += f" ({place.filename}:{place.lineno})"
         return EnvironmentFailure(f"the environment of {self.task} failed in {call}: {reason}")

@@ -139,5 +139,6 @@ def minari_env_spec(dataset_id: str) -> dict:
     metadata = open_minari(dataset_id).storage.metadata
     spec = metadata.get("eval_env_spec") or metadata.get("env_spec")
     if not spec:
-        raise UserError(f"the Minari dataset {dataset_id} names no environment")
+        advice = "--eval-episodes 0 trains without, and --dataset takes it beside another --env-id"
+        raise UserError(f"the Minari dataset {dataset_id} names no environment: {advice}")
     return json.loads(spec)

@@ -124,6 +124,8 @@ class Run:
         """Take over step and results. UserError: the run is finished, or the checkpoint is of another run."""
         self.checkpoint = load_checkpoint(path)
         self.folder, self.step = self.checkpoint["folder"], self.checkpoint["step"]
+        if path.is_file() and path.name != "checkpoint.pt" and (self.folder / "checkpoint.pt").exists():
+            raise UserError(f"{self.folder} has a checkpoint.pt; copy {path.name} elsewhere to resume it")
         self.lock = lock_folder(self.folder)
         self.results = self.checkpoint["results"]
         for name, given in [("script", self.script), ("env_id", self.args.env_id), ("seed", self.args.seed)]:
@@ -132,6 +134,13 @@ class Run:
         if self.results["finished"] and self.step >= self.args.total_steps:
             self.write_results()  # which a crash may have kept from being written
             raise UserError(f"{path} is finished, at step {self.step:,}; --total-steps can add more")
+        if self.step > self.args.total_steps:
+            raise UserError(f"{path} is at step {self.step:,}, past --total-steps {self.args.total_steps:,}")
+        old = self.checkpoint["args"] | {"resume": self.args.resume, "run_dir": self.args.run_dir}
+        changed = {name: [old[name], new] for name, new in asdict(self.args).items() if new != old[name]}
+        if changed:
+            self.results.setdefault("changes", []).append({"step": self.step} | changed)
+            print("resumed with", ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items()))
 
     def begin(self, agent: Any, dataset: Dataset | None = None, memory: Any = None) -> None:
         """Restore agent, memory and random state on resuming, open the folder, say what is trained on what.

@@ -5,11 +5,12 @@ A task is
     mujoco/hopper/medium-v0, local/mine-v0, ...     a Minari id: downloaded on first use
     hopper-mini-v0                                  bundled with this repository
     bandit-8gaussians-v0, bandit-moons-v0, ...      a one-step toy task, generated
-    Hopper-v4, ...                                  any Gymnasium id, with transitions from elsewhere
+    Hopper-v4, mymodule:Mine-v0, ...                any Gymnasium id, with transitions from elsewhere
 """
 
 import contextlib
 import difflib
+import importlib
 import json
 import os
 import re
@@ -42,12 +43,18 @@ def check_task(task: str) -> None:
         return
     from gymnasium import registry
 
-    if task not in registry:
+    module, _, env_id = task.rpartition(":")
+    if module:  # registers env_id
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever is wrong in it
+            raise UserError(f"cannot import {module} of {task}: {type(error).__name__}: {error}") from error
+    elif task not in registry:
         from common.d4rl_envs import import_robotics
 
         with contextlib.suppress(ImportError):  # it registers more, if it is installed
             import_robotics()
-    if task not in registry:
+    if env_id not in registry:
         nearest = difflib.get_close_matches(task, [*D4RL_TASKS, *BANDIT_TASKS, *registry], n=5)
         advice = "A task is a D4RL, Minari, Gymnasium, bundled or bandit name; a file goes to --dataset."
         raise UserError(f"unknown task {task!r}; nearest names: {', '.join(nearest) or 'none'}\n{advice}")

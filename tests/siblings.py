@@ -20,7 +20,7 @@ SHARED_FIELDS = [  # name, type, default and comment are the same in every scrip
     *("total_steps", "batch_size", "gamma", "tau", "eval_every", "eval_episodes", "log_every", "save_every"),
     *("run_dir", "resume"),
 ]
-OF_THE_PAPER = {"total_steps", "eval_every"}  # here only the default may differ
+OTHER_DEFAULTS = {"total_steps", "eval_every", "save_every"}  # here only the default may differ
 ONLINE_DIFFERS = {"env_id", "dataset", "total_steps"}  # a Gymnasium id, no dataset, environment steps
 
 
@@ -64,7 +64,7 @@ def outline(path):
 def shared_fields(path):
     """Name -> source of the shared fields of Args; without the default where it is the paper's."""
     found = named_statements(path, "Args")
-    return found | {name: re.sub(" = .*?  #", "  #", found.get(name, "")) for name in OF_THE_PAPER}
+    return found | {name: re.sub(" = .*?  #", "  #", found.get(name, "")) for name in OTHER_DEFAULTS}
 
 
 def differences(first, second):

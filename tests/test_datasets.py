@@ -603,10 +603,9 @@ def test_what_a_reward_rule_does_is_printed(capsys):
 @pytest.mark.parametrize(
     ("rule", "rewards", "message"),
     [
-        ("no", [0, 1, 2], "unknown reward rule 'no'; choose from none, iql_locomotion, iql_antmaze"),
-        ("iql_locomotion", [0.1] * 9, "a-task: reward rule iql_locomotion is undefined"),
-        ("normalize", [0.1] * 9, "reward rule normalize is undefined"),
-        ("minmax", [0.1] * 9, "reward rule minmax is undefined"),
+        ("iql_locomotion", [0.1] * 9, "a-task: --reward-tune iql_locomotion is undefined"),
+        ("normalize", [0.1] * 9, "--reward-tune normalize is undefined"),
+        ("minmax", [0.1] * 9, "--reward-tune minmax is undefined"),
         ("iql_locomotion", [0.1, 0.2, 0.3], "undefined"),  # one episode only
     ],
 )

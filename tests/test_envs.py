@@ -1,6 +1,7 @@
 """Environments of all tasks: sizes, what they are refused for, and what one does that fails in the middle."""
 
 import contextlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_environments_are_made_silently_and_only_ours(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_environment_in_a_module_of_ones_own(tmp_path, monkeypatch):
+    """module:Id, as gymnasium.make() has it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "import gymnasium\ngymnasium.register('Mine-v0', 'gymnasium.envs.mujoco.hopper_v4:HopperEnv')\n"
+    (tmp_path / "my_robots.py").write_text(code)
+    assert make_env("my_robots:Mine-v0").observation_space.shape == (11,)
+    gymnasium.registry.pop("Mine-v0")
+    (tmp_path / "my_arms.py").write_text("1 / 0")
+    with pytest.raises(UserError, match="cannot import my_arms of my_arms:Mine-v0: ZeroDivisionError"):
+        make_env("my_arms:Mine-v0")
+    with pytest.raises(UserError, match="unknown task 'my_robots:Other-v0'; nearest names: "):
+        make_env("my_robots:Other-v0")
+
+
 # --- Environments that cannot be used ---
 
 
@@ -194,6 +209,13 @@ def test_an_environment_that_fails_in_the_middle(change, message, make, toy):
     env = make(toy(**change))
     with pytest.raises(EnvironmentFailure, match=f"^the environment of Toy-v0 failed in {message}"):
         env.reset(seed=0)
+        env.step(np.zeros(1, np.float32))
+
+
+def test_a_failure_names_its_line(toy):
+    env = make_env(toy(error=RuntimeError("the arm broke")))
+    env.reset(seed=0)
+    with pytest.raises(EnvironmentFailure, match=rf"the arm broke \({re.escape(__file__)}:\d+\)$"):
         env.step(np.zeros(1, np.float32))
 
 

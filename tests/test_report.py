@@ -260,6 +260,16 @@ def test_a_row_is_named_by_what_was_chosen(runs):
     assert problems[0] == f"dac on {TASK}: runs with different eta, total_steps, in rows of their own"
 
 
+def test_a_run_that_was_resumed_with_other_settings_is_named(runs):
+    more_steps = {"step": 7, "total_steps": [10, 20], "device": ["cpu", "cuda"]}
+    write_run(runs / "a", "dac", TASK, 0, 10)
+    results = json.loads((runs / "a" / "results.json").read_text())
+    results["changes"] = [more_steps, {"step": 1200, "dataset": [None, "mine"], "total_steps": [20, 30]}]
+    (runs / "a" / "results.json").write_text(json.dumps(results))
+    _, problems = make("runs")
+    assert problems == [f"dac on {TASK}, seed 0: resumed at step 1,200 with dataset None -> mine"]
+
+
 def test_a_seed_that_was_run_twice_counts_once(runs):
     for name, score in [("20260101", 10), ("20260102", 30)]:
         write_run(runs / name, "dac", TASK, 0, score)

@@ -15,6 +15,7 @@ from common.bandits import Bandit
 from common.devices import matmul_library
 from common.runs import Run
 from common.scores import summarize
+from common.tasks import UserError
 
 import numpy as np
 import pytest
@@ -171,16 +172,24 @@ def test_what_the_pretraining_learned_is_used_again(finished, tmp_path, monkeypa
     shutil.copy(finished(dtql) / "pretrained.pt", tmp_path)
     resume(tmp_path / "pretrained.pt", dtql)
     assert_same_run(tmp_path, finished(dtql))
-    resume(tmp_path / "pretrained.pt", dtql, alpha=7.0)
-    assert load(tmp_path)["args"]["alpha"] == 7.0
-    assert results_of(tmp_path)["losses"]["actor_loss"] != results_of(finished(dtql))["losses"]["actor_loss"]
+    with pytest.raises(UserError, match=f"{tmp_path} has a checkpoint.pt; copy pretrained.pt elsewhere"):
+        resume(tmp_path / "pretrained.pt", dtql, alpha=7.0)
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "pretrained.pt", tmp_path / "other")
+    resume(tmp_path / "other" / "pretrained.pt", dtql, alpha=7.0)
+    other = results_of(tmp_path / "other")
+    assert other["changes"] == [{"step": 0, "alpha": [5.0, 7.0]}]
+    assert other["losses"]["actor_loss"] != results_of(finished(dtql))["losses"]["actor_loss"]
     assert calls == []
 
 
-def test_more_steps_with_other_settings(finished, tmp_path):
+def test_more_steps_with_other_settings(finished, tmp_path, capsys):
     """Arguments given on resuming beat those of the checkpoint; the rest stays as it was."""
     folder = Path(shutil.copytree(finished(dac), tmp_path / "copy"))
     resume(folder, dac, total_steps=30, gamma=0.5, log_every=7)
+    assert "resumed with total_steps 24 -> 30, gamma 0.99 -> 0.5, log_every 4 -> 7" in capsys.readouterr().out
+    changes = {"step": 24, "total_steps": [24, 30], "gamma": [0.99, 0.5], "log_every": [4, 7]}
+    assert results_of(folder)["changes"] == [changes]
     config = json.loads((folder / "config.json").read_text())
     expected = {"total_steps": 30, "gamma": 0.5, "log_every": 7, "hidden_dims": [8, 8], "eta_lr": 0.01}
     assert {name: config["args"][name] for name in expected} == expected
@@ -188,6 +197,14 @@ def test_more_steps_with_other_settings(finished, tmp_path):
     assert config["sources"]["actor_lr"] == "row (bandit)"
     assert load(folder)["step"] == results_of(folder)["total_steps"] == 30
     assert [each["step"] for each in results_of(folder)["evaluations"]] == [6, 12, 18, 24, 30]
+
+
+def test_a_run_does_not_go_back(tmp_path, monkeypatch):
+    before_call(monkeypatch, dac.DAC, "update", at={13: signal.SIGTERM})
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, dac)
+    with pytest.raises(UserError, match="is at step 13, past --total-steps 12"):
+        resume(folder_in(tmp_path), dac, total_steps=12)
 
 
 def test_resume_with_a_setting_that_numpy_computed(tmp_path):

@@ -204,7 +204,6 @@ def test_every_number_is_refused_by_name_or_works(script, tmp_path, monkeypatch)
         (["--resume", ""], "--resume is empty; it takes a checkpoint or a run folder"),
         (["--env-id", "bandit-moon-v0"], "unknown task 'bandit-moon-v0'; nearest names: bandit-moons-v0"),
         (["--env-id", "antmaze-umaze-v0", "--dataset", "none.hdf5"], "there is no file none.hdf5"),
-        (["--reward-tune", "fair"], "unknown reward rule 'fair'; choose from none, iql_locomotion"),
         (["--device", "meta"], "--device meta is not available: "),
         (["--device", "cuda:99"], "--device cuda:99 is not available: "),
     ],

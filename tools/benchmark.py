@@ -28,6 +28,7 @@ from typing import IO, Literal
 
 import toolbox
 from common import runs
+from common.checkpoints import cannot_write
 from common.datasets import load_dataset
 from common.envs import make_env, make_online_env
 from common.settings import NonNegative, Positive, UnitInterval, check_bounds, parse_args
@@ -368,6 +369,10 @@ def main(args: Args, words: list[str]) -> None:
         return
     engine = RayCluster(args) if args.ray_address else ThisMachine(args)
     print(engine.about)
+    try:
+        jobs[0].folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(jobs[0].folder.parent, error) from error
     counts, started = Counter(finished=states["finished"]), time.time()
     with runs.stopping_between_steps():
         run_all(todo, engine, args, counts)

@@ -12,6 +12,7 @@ script's own evaluate(), with its seeds. docs/tools.md says more.
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,17 +42,20 @@ from imageio_ffmpeg import count_frames_and_secs
 from torch import nn
 
 MOST_EPISODES = 10_000
+OPENGL = """
+MuJoCo needs OpenGL: without a screen or GPU, install Mesa's EGL (Debian: libegl1 and libgl1-mesa-dri), or
+libosmesa6 and set MUJOCO_GL=osmesa."""
 
 
 @dataclass
 class Args:
-    """The score of a saved policy."""
+    """The score of a saved policy; what stands after -- goes to its script: ... -- --num-action-samples 50"""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]  # a checkpoint.pt, or the folder of its run
     episodes: Positive[int] = 100  # episodes, side by side; as many as in the run give its own numbers again
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
     num_threads: Positive[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
-    video: Path | None = None  # write a film of the first episode to this file, .mp4 or (eight frames) .png
+    video: Path | None = None  # write a film of one more episode to this file, .mp4 or (eight frames) .png
 
 
 def load_agent(
@@ -66,7 +70,7 @@ def load_agent(
     try:
         args = script.Args(**checkpoint["args"])
         if words:
-            args = tyro.cli(script.Args, args=words, default=args)
+            args = tyro.cli(script.Args, args=words, default=args, prog=f"{script.__name__}.py")
         check_bounds(args)
         env = make_env(args.env_id, advice="a policy is scored in an environment")
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
@@ -74,7 +78,8 @@ def load_agent(
         agent.load_state_dict(checkpoint["agent"])
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} does not fit {script.__name__}.py as it is today: {reason}") from error
+        other = f"with {shlex.join(words)}" if words else "as it is today"
+        raise UserError(f"{path} does not fit {script.__name__}.py {other}: {reason}") from error
     return script, args, agent
 
 
@@ -130,12 +135,12 @@ def make_rendered_env(task: str) -> gym.Env:
         frame = env.render()
     except UserError:
         raise
+    except NotImplementedError:
+        frame = None
     except Exception as error:  # of OpenGL, or of a package that draws and is not installed
-        raise UserError(
-            f"--video: {task} cannot be drawn here: {type(error).__name__}: {error}\n"
-            "MuJoCo needs OpenGL: without a screen or GPU, install Mesa's EGL (Debian: libegl1 and "
-            "libgl1-mesa-dri), or libosmesa6 and set MUJOCO_GL=osmesa."
-        ) from error
+        advice = OPENGL if hasattr(env.unwrapped, "mujoco_renderer") else ""
+        reason = f"{type(error).__name__}: {error}{advice}"
+        raise UserError(f"--video: {task} cannot be drawn here: {reason}") from error
     if not isinstance(frame, np.ndarray):
         raise UserError(f"--video: {task} cannot be drawn, it has no rgb_array rendering")
     return env
@@ -160,7 +165,7 @@ def film(path: Path, script: ModuleType, agent: nn.Module, env: gym.Env) -> str:
         part.replace(path)
     except (OSError, RuntimeError) as error:  # imageio's, in writing or in counting
         reason = str(error).splitlines()[0]
-        raise UserError(f"--video: cannot write {path}, is the disk full? ({reason})") from error
+        raise UserError(f"--video: cannot write {path}: {reason}") from error
     finally:
         part.unlink(missing_ok=True)
     return f"{path}: {episode['lengths'][0]:.0f} frames, return {episode['returns'][0]:.5g}"
@@ -169,8 +174,9 @@ def film(path: Path, script: ModuleType, agent: nn.Module, env: gym.Env) -> str:
 # === The command ===
 def main(args: Args, words: Sequence[str] = ()) -> dict:
     """Score, time and film a policy that acts as words ask for; returns the script's evaluation."""
-    if args.video and (args.video.suffix not in (".mp4", ".png") or not args.video.parent.is_dir()):
-        raise UserError(f"--video {args.video} is not a .mp4 or .png file in a folder that exists")
+    video = args.video
+    if video and (video.suffix not in (".mp4", ".png") or not os.access(video.parent, os.W_OK)):
+        raise UserError(f"--video {video} is not a .mp4 or .png file in a folder that can be written")
     if args.episodes > MOST_EPISODES:
         raise UserError(f"--episodes is {args.episodes}; side by side there can be {MOST_EPISODES}")
     device = use_device(args.device, args.num_threads, "highest")

@@ -40,7 +40,7 @@ PATTERNS = ("corners", "8gaussians", "moons", "spiral")
 class Args:
     """A figure of the pages, or all of them."""
 
-    figure: Annotated[str, tyro.conf.Positional]  # its name, or all
+    figure: Annotated[str, tyro.conf.Positional]  # its name (docs/tools.md has them), or all
     output: str = str(toolbox.ROOT / "docs")  # folder for <figure>.png
     seed: NonNegative[int] = 0  # seed of the training
 

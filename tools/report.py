@@ -114,7 +114,7 @@ def find_runs(folders: list[str]) -> list[RecordedRun]:
             raise UserError(f"no such folder: {folder}")
         found |= {path.parent.resolve() for path in folder.rglob("config.json")}
     if not found:
-        raise UserError(f"there is no run in {', '.join(folders)} or below: no config.json")
+        raise UserError(f"there is no run in {', '.join(folders) or 'no folder'} or below: no config.json")
     return [toolbox.read_run(folder) for folder in sorted(found, key=lambda each: (each.name, str(each)))]
 
 
@@ -147,11 +147,22 @@ def group_runs(runs: list[RecordedRun], unfinished: bool = False) -> tuple[list[
         if earlier:
             problems.append(f"{who}: made twice; counted {run.folder.name}, left out {earlier.folder.name}")
         counted[key, seed] = run
+        problems += [f"{who}: {change}" for change in changes_of(run)]
         new = Group(run.script, run.data or env_id, env_id, settings, run.unit, run.data is None)
         groups.setdefault((*key, run.unit), new).runs[seed] = run
     problems += set_apart(list(groups.values()))
     in_order = sorted(groups.values(), key=lambda group: (group.task, group.script, group.label))
     return in_order, sorted(problems) + missing_seeds(in_order)
+
+
+def changes_of(run: RecordedRun) -> list[str]:
+    """What to say of each time that the run was resumed with settings that change what it learns."""
+    lines = []
+    for change in run.changes:
+        decisive = change.keys() - toolbox.WHERE_AND_HOW - {"step", "total_steps"}
+        pairs = [f"{name} {change[name][0]} -> {change[name][1]}" for name in sorted(decisive)]
+        lines += [f"resumed at step {change['step']:,} with {', '.join(pairs)}"] if pairs else []
+    return lines
 
 
 def set_apart(groups: list[Group]) -> set[str]:
@@ -354,7 +365,8 @@ def draw_curves(groups: list[Group]):
 def main(args: Args) -> None:
     groups, problems = group_runs(find_runs(args.folders), args.unfinished)
     if not groups:
-        raise UserError("no run counts:\n  " + "\n  ".join(problems))
+        advice = "" if args.unfinished else "\n--unfinished counts runs as far as they have come"
+        raise UserError("no run counts:\n  " + "\n  ".join(problems) + advice)
     picture = toolbox.png(draw_curves(groups), dpi=120)
     text = write_report(groups, problems, args.folders).encode(errors="surrogateescape")
     output = user_path(args.output)
