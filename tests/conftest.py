@@ -1,7 +1,10 @@
 """What the tests of several scripts share as fixtures."""
 
+import os
 import signal
 from functools import cache
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, also in the processes that they start
 
 from common.devices import default_threads, use_device
 

@@ -61,10 +61,11 @@ def train(args):
         about["data_mean"] = {"score": None, "return": None}
         about["evaluations"] = [{"step": step, "return_mean": 7.0, "normalized_score": None}]
         (folder / "results.json").write_text(json.dumps(about))
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *event: stopped.append(event))
     for step in range(first + 1, args.total_steps + 1):
-        try:
-            time.sleep(args.pause)
-        except KeyboardInterrupt:
+        time.sleep(args.pause)
+        if stopped:
             save(step - 1)
             sys.exit(130)
         save(step)
@@ -77,7 +78,6 @@ def train(args):
 
 if __name__ == "__main__":
     import tyro
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     train(tyro.cli(Args))
 '''
 

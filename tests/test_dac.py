@@ -3,6 +3,8 @@
 Its networks, sampler and whole updates are compared with the official code's in test_conformance.py.
 """
 
+import math
+
 import dac
 from common.bandits import BANDITS, bandit_mode
 
@@ -60,6 +62,18 @@ def test_actor_loss(float64, guidance):
         expected -= agent.critic_target(batch.obs, action).mean() / (q.abs().mean() + dac.EPS)
     torch.testing.assert_close(loss, expected, atol=1e-8, rtol=0)
     assert ("guidance_loss" in metrics) == (guidance != "none")
+
+
+def test_initial_weights_of_the_critics():
+    """Uniform as of Glorot and Bengio 2010, by the sizes of each member's own layer."""
+    torch.manual_seed(0)
+    critic = dac.EnsembleCritic(100, 20, 2, (400, 400))
+    dac.init_xavier(critic)
+    for layer in critic.layers[:2]:
+        _, n_in, n_out = layer.weight.shape
+        bound = math.sqrt(6 / (n_in + n_out))
+        assert 0.95 * bound < layer.weight.abs().max() <= bound
+        assert not layer.bias.any()
 
 
 def test_nothing_is_drawn_or_computed_for_guidance_that_is_off(monkeypatch):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import dac
 import dtql
-from common.devices import about_processor, has_compiler, matmul_library
+from common.devices import about_processor, has_compiler, matmul_library, use_device
 from common.tasks import UserError
 
 import numpy as np
@@ -30,6 +30,15 @@ def test_no_compiler(script, finished, tmp_path, capsys):
     has_compiler.cache_clear()
     assert capsys.readouterr().out.count("--compile needs a C++ compiler, and finds none") == 1
     assert_same_run(folder, finished(script))
+
+
+def test_threads_and_precision():
+    before = torch.get_num_threads()
+    try:
+        use_device("cpu", 3, "medium")
+        assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (3, "medium")
+    finally:
+        use_device("cpu", before, "highest")
 
 
 # --- Matrix products ---

@@ -119,6 +119,14 @@ def test_actor_loss(float64):
     assert loss.item() == pytest.approx(3.0 * trust - 0.5 * np.mean(q) + 0.7 * np.mean(nlls), abs=1e-9)
 
 
+def test_initial_weights_of_the_policy_are_orthogonal():
+    for layer in dtql.OneStepPolicy(4, 2, (16, 16)).layers:
+        weight = layer.weight.detach()
+        product = weight @ weight.T if len(weight) <= weight.shape[1] else weight.T @ weight
+        torch.testing.assert_close(product, torch.eye(len(product)), atol=1e-5, rtol=0)
+        assert not layer.bias.any()
+
+
 def test_log_std_is_clamped():
     agent = small_agent()
     agent.actor.layers[-1].bias.data = torch.tensor([0.0, 0.0, -100.0, 100.0])

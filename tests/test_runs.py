@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import dac
 import dtql
 from common.bandits import Bandit
+from common.datasets import load_dataset, tune_rewards
 from common.devices import matmul_library
 from common.runs import Run
 from common.scores import summarize
 from common.tasks import UserError
 
+import gymnasium
 import numpy as np
 import pytest
 import runs
@@ -82,6 +84,58 @@ def test_learning_rates_follow_the_steps(finished):
         factor = (1 + math.cos(math.pi * 23 / 24)) / 2
         rate = getattr(runs.tiny_settings(dac), f"{name}_lr") * factor
         assert float(optimizer["param_groups"][0]["lr"]) == pytest.approx(rate)
+
+
+# === Data and evaluation ===
+LARGEST_ACTION = {"dac": 1 - 1e-5, "edp_crr": 0.999, "edp_iql": 0.999, "edp_td3": 0.999}  # others do not clip
+
+
+def test_a_run_learns_from_the_transitions_of_its_data(script, tmp_path, monkeypatch):
+    if script.__name__ == "qvpo_online":
+        pytest.skip("it learns from its own transitions")
+    random, seen, update = np.random.default_rng(0), [], runs.agent_class(script).update
+    fields = {"observations": random.normal(size=(10, 11)), "rewards": random.normal(size=10)}
+    fields |= {"actions": np.resize([1.0, -1.0, 0.3], (10, 3)), "terminals": flags(3), "timeouts": flags(7)}
+    path = write(tmp_path / "data.hdf5", **fields)
+
+    def seeing(agent, data):
+        seen.append(data)
+        return update(agent, data)
+
+    monkeypatch.setattr(runs.agent_class(script), "update", seeing)
+    given = {"env_id": "hopper-medium-v2", "dataset": path, "reward_tune": "cql_antmaze"}
+    train(tmp_path / "runs", script, **given, eval_episodes=0, total_steps=1)
+    data, limit = load_dataset("hopper-medium-v2", path), LARGEST_ACTION.get(script.__name__, 1)
+    expected = {"obs": data.observations, "action": data.actions.clip(-limit, limit)}
+    expected |= {"reward": tune_rewards(data, "cql_antmaze"), "next_obs": data.next_observations}
+    expected |= {"terminal": data.terminals}
+    for name, column in seen[0]._asdict().items():
+        np.testing.assert_array_equal(column, expected[name], name)
+
+
+class Countdown(gymnasium.Env):
+    """Ends after so many steps, with rewards 1, 2, ...; takes only that number for an action."""
+
+    def __init__(self, length, seeds):
+        self.length, self.seeds = length, seeds
+
+    def reset(self, *, seed=None, options=None):
+        self.seeds.append(seed)
+        self.count = 0
+        return np.array([self.length, 0.0]), {}
+
+    def step(self, action):
+        assert action == self.length
+        self.count += 1
+        return np.array([self.length, self.count]), float(self.count), self.count == self.length, False, {}
+
+
+def test_evaluate_plays_every_environment_to_its_end(script):
+    seeds, cpu = [], torch.device("cpu")
+    agent = SimpleNamespace(device=cpu, act=lambda obs: obs[:, :1])
+    found = script.evaluate(agent, [Countdown(length, seeds) for length in (3, 1, 2)])
+    assert (found["returns"], found["lengths"]) == ([6, 1, 3], [3, 1, 2])
+    assert seeds == [10_000, 10_001, 10_002]
 
 
 # === Resuming ===
@@ -197,6 +251,15 @@ def test_more_steps_with_other_settings(finished, tmp_path, capsys):
     assert config["sources"]["actor_lr"] == "row (bandit)"
     assert load(folder)["step"] == results_of(folder)["total_steps"] == 30
     assert [each["step"] for each in results_of(folder)["evaluations"]] == [6, 12, 18, 24, 30]
+
+
+def test_the_hours_before_a_resume_count(tmp_path):
+    folder = train(tmp_path, dac, total_steps=8)
+    saved = load(folder)
+    saved["results"]["train_seconds"] = 1000.0
+    torch.save(saved, folder / "checkpoint.pt")
+    resume(folder, dac, total_steps=16)
+    assert results_of(folder)["train_seconds"] > 1000
 
 
 def test_a_run_does_not_go_back(tmp_path, monkeypatch):

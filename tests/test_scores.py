@@ -1,6 +1,6 @@
 """D4RL's normalized score and its reference table."""
 
-from common.scores import normalized_score, reference_returns
+from common.scores import normalized_score, reference_returns, summarize
 from common.tasks import BANDIT_TASKS, D4RL_TASKS
 
 import numpy as np
@@ -47,3 +47,11 @@ def test_normalized_score():
     np.testing.assert_allclose(normalized_score(np.array([0.0, 0.5, 1.0, 2.0]), (0, 1)), [0, 50, 100, 200])
     # Mean return of the DAPG door demonstrations, and the score it is known to have.
     assert normalized_score(794.1, reference_returns("door-human-v1")) == pytest.approx(28.96, abs=0.005)
+
+
+def test_summarize():
+    returns = [90, 90, *range(10)]
+    summary = summarize([{"return_mean": float(each)} for each in returns], (0, 200))
+    expected = {"final": (9, 4.5), "best": (90, 45), "last_ten": (4.5, 2.25)}
+    assert {name: (each["return"], each["score"]) for name, each in summary.items()} == expected
+    assert summarize([], None) == {}
