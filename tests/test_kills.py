@@ -69,9 +69,12 @@ def fork(script, settings, now, log):
         os._exit(code)
 
 
-def killed_run(script, run_dir, kills, settings):
-    """The folder of a run that was killed so many times, and what it did at these moments."""
-    generator, now, done, delay = random.Random(0), mmap.mmap(-1, 1), Counter(), 0.5
+def killed_run(script, run_dir, kills, settings, delay):
+    """The folder of a run that was killed so many times, and what it did at these moments.
+
+    It is killed within so many seconds, at first; they adapt, so that the run has its kills before its end.
+    """
+    generator, now, done = random.Random(0), mmap.mmap(-1, 1), Counter()
     while True:
         saved = [path.parent for path in run_dir.glob("*/checkpoint.pt")]
         resume = str(saved[0]) if saved else None
@@ -105,11 +108,12 @@ def soak(script, tmp_path, monkeypatch, kills):
     monkeypatch.setattr("common.bandits.sample_bandit", partial(sample_bandit, size=200))
     settings = dict(eval_every=5, num_threads=1, total_steps=4 * kills + 40, save_every=3, log_every=2)
     (tmp_path / "killed").mkdir()
-    folder, done = killed_run(script, tmp_path / "killed", kills, settings)
     (tmp_path / "whole").mkdir()
-    settings["run_dir"] = str(tmp_path / "whole")
-    whole = fork(script, settings, bytearray(1), tmp_path / "log")
+    start = time.monotonic()
+    whole = fork(script, settings | {"run_dir": str(tmp_path / "whole")}, bytearray(1), tmp_path / "log")
     assert os.waitpid(whole, 0)[1] == 0, (tmp_path / "log").read_text()
+    a_quarter = (time.monotonic() - start) / 4
+    folder, done = killed_run(script, tmp_path / "killed", kills, settings, a_quarter)
     assert_same_run(folder, runs.folder_in(tmp_path / "whole"))
     assert results_of(folder)["finished"]
     print(f"{script.__name__}: {done.total()} kills, bit-identical; {dict(done.most_common())}")
