@@ -132,13 +132,13 @@ def minari_reference(dataset_id: str) -> tuple[float, float] | None:
 def minari_env_spec(dataset_id: str) -> dict:
     """The environment to evaluate in: its id, max_episode_steps and kwargs.
 
-    By its id it is made from registered code, never from what else a downloaded file may name.
+    By its id it is made from registered code, never from what else a downloaded file may name. ValueError:
+    the dataset names none.
     """
     with contextlib.suppress(ImportError):  # many of Minari's environments are of that package
         import_robotics()
     metadata = open_minari(dataset_id).storage.metadata
     spec = metadata.get("eval_env_spec") or metadata.get("env_spec")
     if not spec:
-        advice = "--eval-episodes 0 trains without, and --dataset takes it beside another --env-id"
-        raise UserError(f"the Minari dataset {dataset_id} names no environment: {advice}")
+        raise ValueError("the dataset names none; --dataset takes it beside another --env-id")
     return json.loads(spec)

@@ -136,8 +136,8 @@ class Run:
             raise UserError(f"{path} is finished, at step {self.step:,}; --total-steps can add more")
         if self.step > self.args.total_steps:
             raise UserError(f"{path} is at step {self.step:,}, past --total-steps {self.args.total_steps:,}")
-        old = self.checkpoint["args"] | {"resume": self.args.resume, "run_dir": self.args.run_dir}
-        changed = {name: [old[name], new] for name, new in asdict(self.args).items() if new != old[name]}
+        saved = self.checkpoint["args"] | {"resume": self.args.resume, "run_dir": self.args.run_dir}
+        changed = {name: [saved[name], new] for name, new in asdict(self.args).items() if new != saved[name]}
         if changed:
             self.results.setdefault("changes", []).append({"step": self.step} | changed)
             print("resumed with", ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items()))

@@ -99,9 +99,15 @@ def evaluations_of(folder):
 
 
 def curves_of(folder):
-    """Tag -> list of (step, value), from the TensorBoard events; without times and speeds."""
+    """all_curves_of(folder) without times and speeds, so that they are the same again."""
+    curves = all_curves_of(folder)
+    return {tag: curves[tag] for tag in curves.keys() - {"charts/steps_per_second", "eval/seconds"}}
+
+
+def all_curves_of(folder):
+    """Tag -> list of (step, value), from the TensorBoard events."""
     events = EventAccumulator(str(folder)).Reload()
-    tags = set(events.Tags()["scalars"]) - {"charts/steps_per_second", "eval/seconds"}
+    tags = events.Tags()["scalars"]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 

@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 from common import bandits, tasks
 from common.bandits import BANDITS, RADIAL, bandit_mode, bandit_reward
-from common.datasets import Dataset, load_dataset, task_reference, tune_rewards
+from common.datasets import Dataset, RewardRule, load_dataset, task_reference, tune_rewards
 from common.envs import make_env
 from common.tasks import BANDIT_TASKS, D4RL_TASKS, UserError, is_minari_id, table_names, user_path
 
@@ -507,6 +508,14 @@ def test_a_minari_dataset_executes_nothing(lost, minari_folder):
     assert not victim.exists()
 
 
+@minari_test
+def test_a_minari_dataset_without_an_environment(minari_folder):
+    record("local/reach-v0", gymnasium.make("Reach-v0"))
+    change_metadata(minari_folder / "local/reach-v0", env_spec=None, eval_env_spec=None)
+    with pytest.raises(UserError, match="of local/reach-v0: .*names none; .*\n--eval-episodes 0 trains"):
+        load_dataset("local/reach-v0").make_env()
+
+
 # --- Bandits ---
 
 
@@ -572,21 +581,21 @@ def with_rewards(rewards, episode_ends):
     return Dataset("a-task", empty, empty, rewards, empty, ends, ends, np.zeros(0), None, lambda: None)
 
 
-@pytest.mark.parametrize(
-    ("rule", "expected"),
-    [
-        ("none", [0, 1, 3, 2]),
-        ("iql_antmaze", [-1, 0, 2, 1]),
-        ("cql_antmaze", [-2, 2, 10, 6]),
-        ("antmaze", [-0.5, 1.5, 5.5, 3.5]),
-        ("antmaze100", [0, 100, 300, 200]),
-        ("iql_locomotion", [0, 250, 750, 500]),  # returns 1 and 5
-        ("normalize", np.array([-1.5, -0.5, 1.5, 0.5]) / np.sqrt(5 / 3)),
-        ("minmax", np.array([-3, -1, 3, 1]) / 3),
-    ],
-)
-def test_reward_rules(rule, expected):
-    tuned = tune_rewards(with_rewards([0, 1, 3, 2], [0, 1, 0, 1]), rule)
+TUNED = {
+    "none": [0, 1, 3, 2],
+    "iql_antmaze": [-1, 0, 2, 1],
+    "cql_antmaze": [-2, 2, 10, 6],
+    "antmaze": [-0.5, 1.5, 5.5, 3.5],
+    "antmaze100": [0, 100, 300, 200],
+    "iql_locomotion": [0, 250, 750, 500],  # returns 1 and 5
+    "normalize": np.array([-1.5, -0.5, 1.5, 0.5]) / np.sqrt(5 / 3),
+    "minmax": np.array([-3, -1, 3, 1]) / 3,
+}
+
+
+@pytest.mark.parametrize("rule", get_args(RewardRule))
+def test_reward_rules(rule):
+    tuned, expected = tune_rewards(with_rewards([0, 1, 3, 2], [0, 1, 0, 1]), rule), TUNED[rule]
     assert tuned.dtype == np.float32
     np.testing.assert_allclose(tuned, expected, rtol=1e-6)
 

@@ -153,15 +153,24 @@ def test_video_of_mujoco(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("failure", "message"),
+    ("failure", "is_mujoco", "message"),
     [
-        (RuntimeError("no pygame"), "cannot be drawn here: RuntimeError: no pygame$"),
-        (NotImplementedError, "it has no rgb_array rendering"),
-        (None, "--video: Line-v0 cannot be drawn, it has no rgb_array rendering"),
+        (
+            RuntimeError("no OpenGL"),
+            True,
+            "drawn here: RuntimeError: no OpenGL\nMuJoCo needs OpenGL",
+        ),
+        (RuntimeError("no pygame"), False, "cannot be drawn here: RuntimeError: no pygame$"),
+        (NotImplementedError, False, "it has no rgb_array rendering"),
+        (None, False, "--video: Line-v0 cannot be drawn, it has no rgb_array rendering"),
     ],
 )
-def test_an_environment_that_cannot_be_drawn(failure, message, finished, tmp_path, monkeypatch, capsys):
+def test_an_environment_that_cannot_be_drawn(
+    failure, is_mujoco, message, finished, tmp_path, monkeypatch, capsys
+):
     """It is said before the evaluation begins."""
+    if is_mujoco:
+        monkeypatch.setattr(line.Line, "mujoco_renderer", None, raising=False)
 
     def render(env):
         if failure:

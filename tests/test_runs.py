@@ -26,7 +26,6 @@ import torch
 from agents import random_batch
 from recordings import flags, write
 from runs import assert_same_run, before_call, curves_of, folder_in, load, results_of, resume, train
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -93,23 +92,19 @@ LARGEST_ACTION = {"dac": 1 - 1e-5, "edp_crr": 0.999, "edp_iql": 0.999, "edp_td3"
 def test_a_run_learns_from_the_transitions_of_its_data(script, tmp_path, monkeypatch):
     if script.__name__ == "qvpo_online":
         pytest.skip("it learns from its own transitions")
-    random, seen, update = np.random.default_rng(0), [], runs.agent_class(script).update
+    random = np.random.default_rng(0)
     fields = {"observations": random.normal(size=(10, 11)), "rewards": random.normal(size=10)}
     fields |= {"actions": np.resize([1.0, -1.0, 0.3], (10, 3)), "terminals": flags(3), "timeouts": flags(7)}
     path = write(tmp_path / "data.hdf5", **fields)
-
-    def seeing(agent, data):
-        seen.append(data)
-        return update(agent, data)
-
-    monkeypatch.setattr(runs.agent_class(script), "update", seeing)
+    updates = before_call(monkeypatch, runs.agent_class(script), "update", at={})
     given = {"env_id": "hopper-medium-v2", "dataset": path, "reward_tune": "cql_antmaze"}
     train(tmp_path / "runs", script, **given, eval_episodes=0, total_steps=1)
     data, limit = load_dataset("hopper-medium-v2", path), LARGEST_ACTION.get(script.__name__, 1)
     expected = {"obs": data.observations, "action": data.actions.clip(-limit, limit)}
     expected |= {"reward": tune_rewards(data, "cql_antmaze"), "next_obs": data.next_observations}
     expected |= {"terminal": data.terminals}
-    for name, column in seen[0]._asdict().items():
+    _, given_data = updates[0]
+    for name, column in given_data._asdict().items():
         np.testing.assert_array_equal(column, expected[name], name)
 
 
@@ -298,8 +293,8 @@ def test_the_speed_leaves_out_evaluations(tmp_path, monkeypatch):
     monkeypatch.setattr(dac.DAC, "update", takes(2, dac.DAC.update))
     monkeypatch.setattr(dac, "evaluate", takes(100, dac.evaluate))
     folder = train(tmp_path, dac, log_every=4, eval_every=6)
-    speeds = EventAccumulator(str(folder)).Reload().Scalars("charts/steps_per_second")
-    assert [event.value for event in speeds] == [0.5] * 6
+    speeds = runs.all_curves_of(folder)["charts/steps_per_second"]
+    assert [value for _, value in speeds] == [0.5] * 6
 
 
 def test_two_runs_that_start_together_have_two_folders(tmp_path):

@@ -217,8 +217,9 @@ def test_a_mistake_is_one_message(words, message, tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_argument_that_is_no_number(capsys):
+@pytest.mark.parametrize(("flag", "value"), [("--seed", "nan"), ("--reward-tune", "fair")])
+def test_an_argument_of_another_type(flag, value, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        parsed("--seed", "nan")
+        parsed(flag, value)
     assert exit_info.value.code == 2
-    assert "--seed" in capsys.readouterr().err
+    assert flag in capsys.readouterr().err

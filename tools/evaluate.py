@@ -6,8 +6,8 @@
     python tools/evaluate.py checkpoint.pt --video hopper.png                   # or as a strip of pictures
     python tools/evaluate.py runs/<run> -- --num-action-samples 50              # acting in another way
 
-Script, arguments and task are read from the checkpoint. The evaluation is the
-script's own evaluate(), with its seeds. docs/tools.md says more.
+Script, arguments and task are read from the checkpoint. The evaluation is the script's own evaluate(), with
+its seeds. docs/tools.md says more.
 """
 
 import contextlib

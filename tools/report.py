@@ -108,13 +108,15 @@ class Group:
 # === Reading ===
 def find_runs(folders: list[str]) -> list[RecordedRun]:
     """All runs, in the order of their folders' names. UserError: there are none, or one cannot be read."""
+    if not folders:
+        raise UserError("name a folder with runs, such as runs")
     found = set()
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"no such folder: {folder}")
         found |= {path.parent.resolve() for path in folder.rglob("config.json")}
     if not found:
-        raise UserError(f"there is no run in {', '.join(folders) or 'no folder'} or below: no config.json")
+        raise UserError(f"there is no run in {', '.join(folders)} or below: no config.json")
     return [toolbox.read_run(folder) for folder in sorted(found, key=lambda each: (each.name, str(each)))]
 
 
@@ -157,11 +159,11 @@ def group_runs(runs: list[RecordedRun], unfinished: bool = False) -> tuple[list[
 
 def changes_of(run: RecordedRun) -> list[str]:
     """What to say of each time that the run was resumed with settings that change what it learns."""
-    lines = []
-    for change in run.changes:
-        decisive = change.keys() - toolbox.WHERE_AND_HOW - {"step", "total_steps"}
-        pairs = [f"{name} {change[name][0]} -> {change[name][1]}" for name in sorted(decisive)]
-        lines += [f"resumed at step {change['step']:,} with {', '.join(pairs)}"] if pairs else []
+    lines, aside = [], toolbox.WHERE_AND_HOW | {"total_steps"}
+    for step, changes in run.changes:
+        decisive = sorted(changes.keys() - aside)
+        pairs = ", ".join(f"{name} {changes[name][0]} -> {changes[name][1]}" for name in decisive)
+        lines += [f"resumed at step {step:,} with {pairs}"] if pairs else []
     return lines
 
 

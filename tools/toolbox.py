@@ -79,7 +79,7 @@ class RecordedRun:
     unit: str = "return"  # or score, where all evaluations have one
     evaluations: dict[int, float] | None = None  # step -> score or return
     hours: float = 0.0
-    changes: list[dict] = field(default_factory=list)  # on resuming: the step, setting -> [before, after]
+    changes: list[tuple[int, dict]] = field(default_factory=list)  # step of a resume, setting -> its values
 
 
 def read_run(folder: Path) -> RecordedRun:
@@ -101,7 +101,9 @@ def read_run(folder: Path) -> RecordedRun:
         run.evaluations = {whole(each["step"]): float(each[column]) for each in results["evaluations"]}
         run.step, run.total_steps = whole(results["step"]), whole(results["total_steps"])
         run.finished, run.hours = results["finished"] is True, float(results["train_seconds"]) / 3600
-        run.changes = [dict(each) for each in results.get("changes", [])]
+        for change in map(dict, results.get("changes", [])):
+            step = whole(change.pop("step"))
+            run.changes.append((step, {name: (old, new) for name, (old, new) in change.items()}))
         run.data = None if results["data"] is None else text(results["data"])
         mean = results["data_mean"][run.unit]
         run.data_score = None if mean is None else float(mean)
