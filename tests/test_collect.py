@@ -196,7 +196,7 @@ def test_observations_in_a_dict(run):
         np.testing.assert_allclose(moved, 2 * data.actions[inside, 0], atol=1e-5)
 
 
-def test_screen(run, tmp_path, capsys):
+def test_screen(run, capsys):
     run(kinds=("medium", "expert"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "SAC in Line-v0 for 120 steps, then 60 per policy"

@@ -48,8 +48,8 @@ def test_conformance(path, double, check):
     finally:
         torch.set_default_dtype(before)
     left_out = ", ".join(case.skipped)
-    if left_out and not case.compared:
-        pytest.skip(f"left out: {left_out}")
+    if not case.compared:
+        pytest.skip(f"left out: {left_out}" if left_out else "the file has no numbers for this check")
     if left_out:
         warnings.warn(f"{path.stem}: sections not compared, left out: {left_out}", stacklevel=1)
 

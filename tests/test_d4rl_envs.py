@@ -38,13 +38,13 @@ D4RL_MAZES = {  # of d4rl/locomotion/maze_env.py: # wall, S start, G goal
         "############",
     ],
 }
-RANDOM = np.random.default_rng(0)
 
 
 def random_steps(env, count):
     """(observation, reward, terminated, truncated) after each of up to `count` random actions."""
+    rng = np.random.default_rng(0)
     for _ in range(count):
-        obs, reward, terminated, truncated, _ = env.step(RANDOM.uniform(-1, 1, env.action_space.shape))
+        obs, reward, terminated, truncated, _ = env.step(rng.uniform(-1, 1, env.action_space.shape))
         yield obs, reward, terminated, truncated
         if terminated or truncated:
             return

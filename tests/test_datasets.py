@@ -20,8 +20,8 @@ import h5py
 import numpy as np
 import pytest
 from recordings import Reach, flags, record, write
+from runs import ROOT
 
-ROOT = Path(__file__).parent.parent
 HOPPER = "hopper-medium-v2"
 minari_test = pytest.mark.filterwarnings("ignore::UserWarning")  # what Minari misses in its metadata
 

@@ -16,9 +16,9 @@ import pytest
 import report
 import siblings
 import tyro
+from runs import ROOT
 from siblings import count_lines, loaded_with
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BUNDLED = ROOT / "common" / "data" / "README.md"  # has the versions with which the data was recorded

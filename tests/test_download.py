@@ -18,9 +18,9 @@ from common.tasks import D4RL, D4RL_TASKS, UserError
 import numpy as np
 import pytest
 from recordings import write
+from runs import ROOT
 
 TASK, NAME = "hopper-medium-v2", "hopper_medium-v2.hdf5"
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import contextlib
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 from common import envs
 from common.datasets import load_dataset
@@ -17,8 +16,7 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.utils.env_checker import check_env
 from recordings import write
-
-ROOT = Path(__file__).parent.parent
+from runs import ROOT
 
 
 @pytest.mark.parametrize(

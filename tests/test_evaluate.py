@@ -59,7 +59,7 @@ def test_products_are_as_exact_as_the_runs(finished):
         assert torch.get_float32_matmul_precision() == precision
 
 
-def test_acting_in_another_way(finished, capsys):
+def test_acting_in_another_way(finished):
     """Arguments after -- replace the run's own, if the networks are the same."""
     own = evaluations_of(finished)[-1]["returns"]
     number = tiny_settings(load_script("dac")).num_action_samples

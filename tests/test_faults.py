@@ -216,13 +216,17 @@ def streams(tmp_path_factory):
         "Läufe 🏃 跑": dict(env=dict(LC_ALL="C", PYTHONIOENCODING="ascii")),
     }
     steps = {"pipe": 100_000}  # more than it can make before it notices; the others are tiny runs
-    return {
+    started = {
         name: (
             runs.tiny_command(folder / name, total_steps=steps.get(name, 24), **options[name]),
             folder / name,
         )
         for name in options
     }
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
 
 
 def test_nobody_reads_the_output(streams):

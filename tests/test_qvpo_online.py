@@ -9,7 +9,6 @@ from common.envs import make_online_env
 from common.settings import settings_for
 from common.tasks import EnvironmentFailure, UserError
 from qvpo_online import Batch, Experience
-from tools.pictures import FourModes, trained_online
 
 import gymnasium as gym
 import numpy as np
@@ -17,6 +16,7 @@ import pytest
 import reference
 import torch
 from agents import random_batch
+from pictures import FourModes, trained_online
 from runs import before_call, folder_in, load, resume, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,6 +93,7 @@ def test_acting_draws_its_number_of_candidates(name, n, monkeypatch):
 
 
 def test_initial_weights():
+    torch.manual_seed(0)
     agent = qvpo_online.QVPO(obs_dim=40, action_dim=8, args=qvpo_online.Args(), device=CPU)
     actor, critic = agent.actor.layers, agent.critic.layers
     for weight, n_in in [(actor[0].weight, 80), (actor[1].weight, 256), (critic[0].weight, 48)]:

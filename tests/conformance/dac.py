@@ -74,7 +74,7 @@ def make_agent(case, **overrides):
     return agent
 
 
-def make_draws(agent, draws, rows):
+def make_draws(draws):
     """Draws by meaning, from the entries of one update; what an update does not use is left empty."""
     critic = [draw for draw in draws if "critic update" in draw["why"]]
     denoised = [draw for draw in draws if "denoised" in draw["why"]]
@@ -101,7 +101,7 @@ def compare_update(case, agent, entry, draws, update_number=1):
     # update; in later updates Adam has amplified the rounding of near-zero gradients.
     later = update_number > 1
     batch, metrics = make_batch(case), {}
-    draws_by_meaning = make_draws(agent, draws, len(batch.reward))
+    draws_by_meaning = make_draws(draws)
     gradients = {}
 
     def descend(name, loss, metrics, original=agent.descend):
