@@ -244,8 +244,8 @@ def test_learns_the_best_mode_of_a_bandit(script, tmp_path, monkeypatch):
 
 
 def test_behaviour_cloning_learns_all_modes_in_proportion(tmp_path, monkeypatch):
-    cloning = dict(guidance_weight=0.0, num_action_samples=1, total_steps=1000)
-    cloning |= dict(hidden_dims=(128, 128, 128), batch_size=256, actor_lr=1e-3)
+    cloning = dict(guidance_weight=0.0, num_action_samples=1, total_steps=1500)
+    cloning |= dict(hidden_dims=(128, 128, 128), batch_size=512, actor_lr=5e-4)
     actions = sampled_actions(edp_iql, "EDPIQL", tmp_path, monkeypatch, **cloning)
     modes = bandit_mode(TASK, actions)
     frequency = np.linspace(2, 1, 4) / np.linspace(2, 1, 4).sum()
