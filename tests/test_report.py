@@ -28,11 +28,8 @@ Versions: git_commit abc; torch 2.13.0; mujoco 3.11.0; gymnasium 1.4.0; numpy 2.
 ## Problems
 
 - dac on hopper-medium-v2, seed 2: not finished, at step 40 of 60; left out (dac hopper-medium-v2 2)
-- qvpo_online on InvertedPendulum-v5: no run of seed 2 counts, but others' do
-- edp_td3 on bandit-corners-v0: no run of seed 2 counts, but others' do
-- dac on bandit-moons-v0: no run of seed 1, 2 counts, but others' do
-- dac on hopper-medium-v2: no run of seed 2 counts, but others' do
-- edp_td3 on hopper-medium-v2: no run of seed 1, 2 counts, but others' do
+- seed 1: no run counts for dac on bandit-moons-v0, edp_td3 on hopper-medium-v2
+- seed 2: runs count only for dac on bandit-corners-v0
 """
 SCORES = """\
 | task | algorithm | seeds | last ten | averaged | oracle | published | data | steps | hours |

@@ -154,7 +154,7 @@ def group_runs(runs: list[RecordedRun], unfinished: bool = False) -> tuple[list[
         groups.setdefault((*key, run.unit), new).runs[seed] = run
     problems += set_apart(list(groups.values()))
     in_order = sorted(groups.values(), key=lambda group: (group.task, group.script, group.label))
-    return in_order, sorted(problems) + missing_seeds(in_order)
+    return in_order, sorted(problems) + uneven_seeds(in_order)
 
 
 def changes_of(run: RecordedRun) -> list[str]:
@@ -196,13 +196,17 @@ def label_with(group: Group, names: list[str]) -> str:
     return f"{group.script} ({values})" if names else group.script
 
 
-def missing_seeds(groups: list[Group]) -> list[str]:
-    """A line for each group that lacks seeds which others have."""
-    lines, seeds = [], {seed for group in groups for seed in group.runs}
-    for group in groups:
-        if missing := ", ".join(map(str, sorted(seeds - group.runs.keys()))):
-            who = f"{group.label} on {group.task}"
-            lines.append(f"{who}: no run of seed {missing} counts, but others' do")
+def uneven_seeds(groups: list[Group]) -> list[str]:
+    """A line for each seed that some groups have and others lack; it names those that are fewer."""
+    lines = []
+    for seed in sorted({seed for group in groups for seed in group.runs}):
+        having, lacking = [], []
+        for group in groups:
+            (having if seed in group.runs else lacking).append(f"{group.label} on {group.task}")
+        if len(having) < len(lacking):
+            lines.append(f"seed {seed}: runs count only for {', '.join(having)}")
+        elif lacking:
+            lines.append(f"seed {seed}: no run counts for {', '.join(lacking)}")
     return lines
 
 
