@@ -246,15 +246,16 @@ def test_runs_with_different_settings_have_rows_of_their_own(runs):
 
 
 def test_a_row_is_named_by_what_was_chosen(runs):
-    """Not by the defaults it differs in from another row, nor by its steps, as long as that is clear."""
+    """Not by the defaults it differs in from another row, nor by its steps and evaluations, if that is clear."""
     write_run(runs / "a", "dac", TASK, 0, 10)
-    write_run(runs / "b", "dac", TASK, 0, 20, eta=5.0, total_steps=30)
+    write_run(runs / "b", "dac", TASK, 0, 20, eta=5.0, total_steps=30, eval_every=5)
     write_run(runs / "c", "dtql", TASK, 0, 30, total_steps=30)
     write_run(runs / "d", "dtql", TASK, 0, 40, total_steps=60)
     text, problems = make("runs")
     names = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith(f"| {TASK} |")]
     assert names == ["dac", "dac (eta 5.0)", "dtql (total_steps 30)", "dtql (total_steps 60)"]
-    assert problems[0] == f"dac on {TASK}: runs with different eta, total_steps, in rows of their own"
+    different = "eta, eval_every, total_steps"
+    assert problems[0] == f"dac on {TASK}: runs with different {different}, in rows of their own"
 
 
 def test_a_run_that_was_resumed_with_other_settings_is_named(runs):

@@ -170,15 +170,15 @@ def changes_of(run: RecordedRun) -> list[str]:
 def set_apart(groups: list[Group]) -> set[str]:
     """Give every group its label; returns a line for each script that has several groups on a task.
 
-    The label names what the user chose; the steps have a column of their own.
+    The label names what the user chose; the steps and the evaluations have columns of their own.
     """
-    problems, kinds = set(), defaultdict(list)
+    problems, kinds, aside = set(), defaultdict(list), {"total_steps", "eval_every"}
     for group in groups:
         kinds[group.script, group.task].append(group)
     for (script, task), same in kinds.items():
         names = sorted(set().union(*(group.settings for group in same)))
         differing = [name for name in names if len({str(group.settings.get(name)) for group in same}) > 1]
-        chosen = [[name for name in differing if name in group.given - {"total_steps"}] for group in same]
+        chosen = [[name for name in differing if name in group.given - aside] for group in same]
         labels = list(map(label_with, same, chosen))
         if len(set(labels)) < len(same):  # the row of the task has changed, or the steps alone differ
             labels = [label_with(group, differing) for group in same]
