@@ -246,12 +246,14 @@ def test_runs_with_different_settings_have_rows_of_their_own(runs):
 
 
 def test_a_row_is_named_by_what_was_chosen(runs):
-    """Not by the defaults it differs in from another row, nor by its steps and evaluations, if that is clear."""
+    """Not by defaults that differ from another row's, nor by its steps and evaluations, if that is clear."""
     write_run(runs / "a", "dac", TASK, 0, 10)
     write_run(runs / "b", "dac", TASK, 0, 20, eta=5.0, total_steps=30, eval_every=5)
     write_run(runs / "c", "dtql", TASK, 0, 30, total_steps=30)
     write_run(runs / "d", "dtql", TASK, 0, 40, total_steps=60)
+    write_run(runs / "e", "dac", "bandit-corners-v0", 0, 50, eta=5.0)  # alone there, but not in the picture
     text, problems = make("runs")
+    assert "| bandit-corners-v0 | dac (eta 5.0) |" in text
     names = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith(f"| {TASK} |")]
     assert names == ["dac", "dac (eta 5.0)", "dtql (total_steps 30)", "dtql (total_steps 60)"]
     different = "eta, eval_every, total_steps"

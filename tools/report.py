@@ -170,24 +170,27 @@ def changes_of(run: RecordedRun) -> list[str]:
 def set_apart(groups: list[Group]) -> set[str]:
     """Give every group its label; returns a line for each script that has several groups on a task.
 
-    The label names what the user chose; the steps and the evaluations have columns of their own.
+    The label names what the user chose, on every task if the script's groups differ in it on one; the steps
+    and the evaluations have columns of their own.
     """
-    problems, kinds, aside = set(), defaultdict(list), {"total_steps", "eval_every"}
+    kinds, differing, aside = defaultdict(list), {}, {"total_steps", "eval_every"}
     for group in groups:
         kinds[group.script, group.task].append(group)
-    for (script, task), same in kinds.items():
+    for kind, same in kinds.items():
         names = sorted(set().union(*(group.settings for group in same)))
-        differing = [name for name in names if len({str(group.settings.get(name)) for group in same}) > 1]
-        chosen = [[name for name in differing if name in group.given - aside] for group in same]
-        labels = list(map(label_with, same, chosen))
+        differing[kind] = [n for n in names if len({str(group.settings.get(n)) for group in same}) > 1]
+    for (script, task), same in kinds.items():
+        of_script = {name for kind, names in differing.items() if kind[0] == script for name in names}
+        labels = [label_with(group, sorted(of_script & group.given - aside)) for group in same]
         if len(set(labels)) < len(same):  # the row of the task has changed, or the steps alone differ
-            labels = [label_with(group, differing) for group in same]
+            labels = [label_with(group, differing[script, task]) for group in same]
         for group, text in zip(same, labels, strict=True):
             group.label = text
-        if differing:
-            who = f"{script} on {task}"
-            problems.add(f"{who}: runs with different {', '.join(differing)}, in rows of their own")
-    return problems
+    return {
+        f"{script} on {task}: runs with different {', '.join(names)}, in rows of their own"
+        for (script, task), names in differing.items()
+        if names
+    }
 
 
 def label_with(group: Group, names: list[str]) -> str:
