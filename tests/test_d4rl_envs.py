@@ -40,9 +40,9 @@ D4RL_MAZES = {  # of d4rl/locomotion/maze_env.py: # wall, S start, G goal
 }
 
 
-def random_steps(env, count):
+def random_steps(env, count, seed=0):
     """(observation, reward, terminated, truncated) after each of up to `count` random actions."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for _ in range(count):
         obs, reward, terminated, truncated, _ = env.step(rng.uniform(-1, 1, env.action_space.shape))
         yield obs, reward, terminated, truncated
@@ -231,7 +231,7 @@ def test_the_pen_ends_when_it_drops():
     env = make_env("pen-human-v1")
     for seed in range(5):
         env.reset(seed=seed)
-        steps = list(random_steps(env, 200))
+        steps = list(random_steps(env, 200, seed))
         heights = [obs[26] for obs, *_ in steps]
         assert [terminated for _, _, terminated, _ in steps] == [height < 0.075 for height in heights]
         for obs, reward, *_ in steps:

@@ -155,11 +155,7 @@ def test_video_of_mujoco(tmp_path):
 @pytest.mark.parametrize(
     ("failure", "is_mujoco", "message"),
     [
-        (
-            RuntimeError("no OpenGL"),
-            True,
-            "drawn here: RuntimeError: no OpenGL\nMuJoCo needs OpenGL",
-        ),
+        (RuntimeError("no OpenGL"), True, "drawn here: RuntimeError: no OpenGL\nMuJoCo needs OpenGL"),
         (RuntimeError("no pygame"), False, "cannot be drawn here: RuntimeError: no pygame$"),
         (NotImplementedError, False, "it has no rgb_array rendering"),
         (None, False, "--video: Line-v0 cannot be drawn, it has no rgb_array rendering"),

@@ -75,7 +75,7 @@ class Group:
     unit: str  # score or return
     online: bool  # whether it learned from what it did itself
     runs: dict[int, RecordedRun] = field(default_factory=dict)  # by seed
-    label: str = ""  # the script, and what sets this group apart from its others on the task
+    label: str = ""  # the script, and those of its settings in which its groups differ
 
     @property
     def domain(self) -> str:
