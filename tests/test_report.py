@@ -329,6 +329,23 @@ def test_curves(grid):
     plt.close(figure)
 
 
+@pytest.mark.parametrize("num_scripts", [5, 6])
+def test_many_curves_of_one_task_have_a_panel_for_each_script(num_scripts, runs):
+    scripts = ["dac", "diffusion_ql", "dtql", "edp_crr", "edp_iql", "edp_td3"][:num_scripts]
+    for i, script in enumerate(scripts):
+        write_run(runs / script, script, TASK, 0, 10 * i)
+    figure = report.draw_curves(report.group_runs(report.find_runs(["runs"]))[0])
+    thick = [[line.get_ydata()[0] for line in ax.lines if line.get_linewidth() == 2] for ax in figure.axes]
+    if num_scripts == 6:
+        assert [ax.get_title() for ax in figure.axes] == scripts and figure.get_suptitle() == TASK
+        assert thick == [[10 * i - 5] for i in range(6)]
+        assert len({ax.get_ylim() for ax in figure.axes}) == 1
+    else:
+        assert [ax.get_title() for ax in figure.axes] == [TASK]
+        assert thick == [[10 * i - 5 for i in range(5)]]
+    plt.close(figure)
+
+
 @pytest.mark.parametrize("columns", [1, 3])
 def test_a_legend_of_long_names_is_seen_whole(grid, columns):
     groups, _ = report.group_runs(report.find_runs([str(grid)]))

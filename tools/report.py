@@ -7,6 +7,7 @@ writes report/report.md and report/curves.png; the same runs give the same bytes
 
 import json
 import math
+import operator
 import os
 import sys
 import textwrap
@@ -337,22 +338,26 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
 
 # === The curves ===
 def draw_curves(groups: list[Group]):
-    """One panel for each task."""
+    """One panel for each task; if there are many curves of a single task, one for each script."""
     tasks, labels = sorted({group.task for group in groups}), sorted({group.label for group in groups})
+    apart = len(tasks) == 1 and len(groups) > 5
+    panel_of = operator.attrgetter("script" if apart else "task")
+    panels = sorted({panel_of(group) for group in groups})
     plt = toolbox.pyplot()
     palette = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20")
     colors = {label: palette(i % palette.N) for i, label in enumerate(labels)}
-    columns = min(3, len(tasks))
-    rows = math.ceil(len(tasks) / columns)
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
     width = max(6.0, 4.4 * columns)  # inches
     across = max(1, int(width / (0.6 + 0.08 * max(map(len, labels)))))  # columns of the legend
     size = (width, 3.2 * rows + 0.2 + 0.2 * math.ceil(len(labels) / across))
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax in axes.flat[len(tasks) :]:
+    look = {"figsize": size, "sharey": apart, "layout": "constrained"}
+    figure, axes = plt.subplots(rows, columns, squeeze=False, **look)
+    for ax in axes.flat[len(panels) :]:
         ax.remove()
     lines = {}
-    for ax, task in zip(axes.flat, tasks, strict=False):
-        for group in (group for group in groups if group.task == task):
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        for group in (group for group in groups if panel_of(group) == panel):
             curves = [group.runs[seed].evaluations for seed in sorted(group.runs)]
             steps = sorted(set.intersection(*map(set, curves)))  # that all seeds have
             values = np.array([[curve[step] for curve in curves] for step in steps])  # (steps, seeds)
@@ -363,9 +368,12 @@ def draw_curves(groups: list[Group]):
                 ax.fill_between(steps, *ends, color=colors[group.label], alpha=0.15, linewidth=0)
         if group.data_score() is not None:
             ax.axhline(group.data_score(), color="gray", linestyle="--", linewidth=0.8)
-        ax.set_title(textwrap.fill(task, 40), fontsize=10)
+        ax.set_title(textwrap.fill(panel, 40), fontsize=10)
+        ax.locator_params(axis="x", nbins=6)
         ax.set(xlabel="steps", ylabel="normalized score" if group.unit == "score" else "return")
         ax.grid(alpha=0.3)
+    if apart:
+        figure.suptitle(tasks[0], fontsize=11)
     ordered = [lines[label] for label in labels]
     figure.legend(ordered, labels, loc="outside lower center", ncols=across, fontsize=9)
     return figure
