@@ -56,6 +56,8 @@ def test_gradients_stay_where_they_belong(script):
 def test_other_seed_other_run(finished, script, tmp_path):
     other = train(tmp_path, script, seed=1, total_steps=8)
     assert results_of(other)["losses"] != results_of(finished(script))["losses"]
+    data = {results_of(folder)["data_checksum"] for folder in (other, finished(script))}
+    assert data == {None} or len(data) == 2  # a bandit's data is drawn anew
     assert not torch.equal(load(other)["rng"], load(finished(script))["rng"])
     for name, weight in load(other)["agent"].items():
         assert weight.dim() < 2 or not torch.equal(weight, load(finished(script))["agent"][name]), name
