@@ -373,6 +373,9 @@ class Run:
             minutes = f"{self.results['train_seconds'] / 60:.1f} min"
             print(f"{how} at step {self.step:,} after {minutes}: {scores or 'not evaluated'}")
             print(f"  in {self.folder}" + ("" if kind is None else f"; go on with --resume {self.folder}"))
+        elif stop_requested.is_set() and kind.__name__ == "InductorError":  # the signal ended g++, too
+            print(f"stopped in step {self.step + 1:,}, while compiling; {self.folder} is as last saved")
+            raise KeyboardInterrupt from None
 
 
 def check_tensors(owner: str, tensors: dict, shapes: dict | None = None) -> None:

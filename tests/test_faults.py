@@ -1,6 +1,7 @@
 """What goes wrong with runs: signals, crashes, full disks, closed streams, damaged files, infinities."""
 
 import contextlib
+import inspect
 import math
 import os
 import pickle
@@ -109,6 +110,28 @@ def test_a_closed_terminal_does_not_stop_a_run_under_nohup(tmp_path, monkeypatch
         assert results_of(train(tmp_path, dac, total_steps=4))["finished"]
     finally:
         signal.signal(signal.SIGHUP, previous)
+
+
+def test_a_signal_that_ends_the_cpp_compiler_too(finished, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in a terminal reaches g++, which torch.compile reports; without a signal that is an error."""
+    from torch._inductor.exc import InductorError
+
+    failure = InductorError(RuntimeError("g++ was killed"), inspect.currentframe())
+
+    def fail():
+        signal.raise_signal(signal.SIGINT)
+        raise failure
+
+    for event, expected in [(fail, KeyboardInterrupt), (failure, InductorError)]:
+        with monkeypatch.context() as patch, pytest.raises(expected):
+            before_call(patch, dac.DAC, "update", at={11: event})
+            train(tmp_path / expected.__name__, dac)
+    folder = folder_in(tmp_path / "KeyboardInterrupt")
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "while compiling" in line]
+    assert line == f"stopped in step 11, while compiling; {folder} is as last saved"
+    assert load(folder)["step"] == 8
+    resume(folder, dac)
+    assert_same_run(folder, finished(dac))
 
 
 def test_ctrl_c_during_the_imports(tmp_path):
