@@ -1,6 +1,7 @@
 """README and docs are true: commands parse, links and pictures exist, numbers and versions are today's."""
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -145,11 +146,22 @@ def test_the_table_of_long_runs_is_that_of_their_results():
     assert len(linked) == len(rows)
 
 
-def test_the_report_of_long_runs_is_todays(monkeypatch):
+def test_the_returns_of_qvpo_are_those_of_its_results():
+    page = (ROOT / "docs" / "qvpo_online.md").read_text()
+    written: dict[str, list[str]] = {"steps": [], "return": [], "length": []}
+    for name, cells in re.findall(r"^\| (steps|return|length) \| (.*) \|$", page, re.M):
+        written[name] += cells.split(" | ")
+    run = json.loads((ROOT / "docs" / "results" / "qvpo" / "Hopper-v4__0" / "results.json").read_text())
+    evaluations = [each for each in run["evaluations"] if each["step"] % 20_000 == 0]
+    for name, key in [("steps", "step"), ("return", "return_mean"), ("length", "length_mean")]:
+        assert written[name] == [f"{each[key]:,.0f}" for each in evaluations], name
+
+
+@pytest.mark.parametrize("folder", ["docs/results/hopper", "docs/results/qvpo"])
+def test_the_report_of_long_runs_is_todays(folder, monkeypatch):
     monkeypatch.chdir(ROOT)
-    groups, problems = report.group_runs(report.find_runs(["docs/results/hopper"]), unfinished=True)
-    written = (ROOT / "docs" / "results" / "hopper" / "report.md").read_text()
-    assert report.write_report(groups, problems, ["docs/results/hopper"]) == written
+    groups, problems = report.group_runs(report.find_runs([folder]), unfinished=True)
+    assert report.write_report(groups, problems, [folder]) == Path(folder, "report.md").read_text()
 
 
 # === Links ===
