@@ -338,7 +338,7 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
 
 # === The curves ===
 def draw_curves(groups: list[Group]):
-    """One panel for each task; if there are many curves of a single task, one for each script."""
+    """One panel for each task; for each script where a single task has more than five curves."""
     tasks, labels = sorted({group.task for group in groups}), sorted({group.label for group in groups})
     apart = len(tasks) == 1 and len(groups) > 5
     panel_of = operator.attrgetter("script" if apart else "task")
@@ -351,8 +351,8 @@ def draw_curves(groups: list[Group]):
     width = max(6.0, 4.4 * columns)  # inches
     across = max(1, int(width / (0.6 + 0.08 * max(map(len, labels)))))  # columns of the legend
     size = (width, 3.2 * rows + 0.2 + 0.2 * math.ceil(len(labels) / across))
-    look = {"figsize": size, "sharey": apart, "layout": "constrained"}
-    figure, axes = plt.subplots(rows, columns, squeeze=False, **look)
+    figure = plt.figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=apart)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     lines = {}
