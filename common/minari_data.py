@@ -23,11 +23,13 @@ SILENCE = 10  # seconds that the host may be silent
 def open_minari(dataset_id: str):
     """The Minari dataset with an id, downloaded on first use. UserError if that fails in any way."""
     folder = Path(os.environ.get("MINARI_DATASETS_PATH") or user_path("~/.minari/datasets")) / dataset_id
+    if dataset_id.startswith("local/") and not (folder / "data").exists():  # no host has it
+        raise UserError(f"no Minari dataset {dataset_id} is on this machine: no folder {folder / 'data'}")
     try:
         import minari
 
         if not (folder / "data").exists():
-            check_host(dataset_id)
+            check_host()
             minari.download_dataset(dataset_id)
         metadata = json.loads((folder / "data" / "metadata.json").read_text())
         needed = {"observation_space", "action_space"}  # else Minari would call what env_spec names
@@ -55,10 +57,8 @@ def check_stored(path: Path) -> None:
             raise ValueError(f"{name} has rows that were never written, or are in other files")
 
 
-def check_host(dataset_id: str) -> None:
+def check_host() -> None:
     """OSError unless the host of Minari's datasets answers soon; Minari itself would ask for minutes."""
-    if dataset_id.startswith("local/"):
-        raise FileNotFoundError("it is not on this machine, and no host has local/...")
     if os.environ.get("MINARI_REMOTE", "hf:").startswith("hf:"):
         url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         with contextlib.suppress(HTTPError):  # any answer will do

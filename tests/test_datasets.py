@@ -449,7 +449,7 @@ def test_minari_data_for_another_task(minari_folder):
 
 @minari_test
 def test_minari_datasets_that_cannot_be_used(minari_folder, monkeypatch):
-    with pytest.raises(UserError, match="(?s)local/none-v0: .*minari download local/none-v0.*hopper-mini-v0"):
+    with pytest.raises(UserError, match="no Minari dataset local/none-v0 .*: no folder /.*/data$"):
         load_dataset("local/none-v0")
     record("local/cartpole-v0", gymnasium.make("CartPole-v1"))
     with pytest.raises(UserError, match="^local/cartpole-v0: .*Discrete"):
@@ -460,7 +460,7 @@ def test_minari_datasets_that_cannot_be_used(minari_folder, monkeypatch):
     with pytest.raises(UserError, match="cannot (use|read) the Minari dataset local/reach-v0: OSError"):
         load_dataset("local/reach-v0")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(file))
-    with pytest.raises(UserError, match="(?s)cannot use the Minari dataset local/reach-v0.*Error"):
+    with pytest.raises(UserError, match="no Minari dataset local/reach-v0 is on this machine"):
         load_dataset("local/reach-v0")
 
 
