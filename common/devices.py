@@ -58,8 +58,8 @@ def matmul_library() -> str:
     problem = ""
     if not torch.backends.mkldnn.is_available():
         problem = "this PyTorch has no oneDNN"
-    elif "vendor_id" not in about or "amx" in about:
-        problem = "oneDNN might use bfloat16 on this processor, for which there is --matmul-precision medium"
+    elif "avx512bw" not in about or "amx" in about:
+        problem = "without AVX-512 PyTorch does not use oneDNN, with AMX oneDNN might use bfloat16"
     default = "onednn" if family and int(family[1]) >= 26 and not problem else "mkl"
     chosen = os.environ.get("MATMUL_LIBRARY", default)
     if chosen not in ("mkl", "onednn"):

@@ -374,8 +374,7 @@ class Run:
             print(f"{how} at step {self.step:,} after {minutes}: {scores or 'not evaluated'}")
             print(f"  in {self.folder}" + ("" if kind is None else f"; go on with --resume {self.folder}"))
         elif stop_requested.is_set() and kind.__name__ == "InductorError":  # the signal ended g++, too
-            saved = f"{self.folder} is as last" if (self.folder / "checkpoint.pt").exists() else "nothing was"
-            print(f"stopped in step {self.step + 1:,}, while compiling; {saved} saved")
+            print(f"stopped in step {self.step + 1:,}, while compiling: no new checkpoint in {self.folder}")
             raise KeyboardInterrupt from None
 
 
