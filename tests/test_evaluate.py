@@ -3,6 +3,7 @@
 import os
 import re
 
+from common.devices import use_device
 from common.envs import make_env
 from common.tasks import UserError
 
@@ -53,10 +54,18 @@ def test_the_final_evaluation_comes_out_again(finished_by):
         assert again[name] == own[name]
 
 
-def test_products_are_as_exact_as_the_runs(finished):
-    for precision in ("medium", "highest"):
+@pytest.mark.parametrize(
+    "library, precision, allowed",
+    [("mkl", "highest", "ieee"), ("mkl", "medium", "bf16"), ("onednn", "highest", "bf16")],
+)
+def test_products_are_those_of_the_run(library, precision, allowed, finished, monkeypatch):
+    before = torch.get_num_threads()
+    with monkeypatch.context() as patch:
+        patch.setattr("common.devices.matmul_library", lambda: library)
         score(finished, "--matmul-precision", precision, episodes=1)
-        assert torch.get_float32_matmul_precision() == precision
+        found = torch.backends.mkldnn.matmul.fp32_precision
+    use_device("cpu", before, "highest")
+    assert found == allowed
 
 
 def test_acting_in_another_way(finished):

@@ -59,9 +59,9 @@ class Args:
 
 
 def load_agent(
-    path: Path, device: torch.device, words: Sequence[str] = ()
+    path: Path, device: str, num_threads: int, words: Sequence[str] = ()
 ) -> tuple[ModuleType, object, nn.Module]:
-    """The script that wrote a checkpoint, its arguments, and its agent as it was then.
+    """The script that wrote a checkpoint, its arguments, and its agent as it was then, on the device.
 
     Words of the script's command line replace the arguments they name. UserError: they do not fit.
     """
@@ -74,7 +74,8 @@ def load_agent(
         check_bounds(args)
         env = make_env(args.env_id, advice="a policy is scored in an environment")
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-        agent = toolbox.agent_class(script)(obs_dim, action_dim, args, device)
+        used = use_device(device, num_threads, args.matmul_precision)
+        agent = toolbox.agent_class(script)(obs_dim, action_dim, args, used)
         agent.load_state_dict(checkpoint["agent"])
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
@@ -179,13 +180,11 @@ def main(args: Args, words: Sequence[str] = ()) -> dict:
         raise UserError(f"--video {video} is not a .mp4 or .png file in a folder that can be written")
     if args.episodes > MOST_EPISODES:
         raise UserError(f"--episodes is {args.episodes}; side by side there can be {MOST_EPISODES}")
-    device = use_device(args.device, args.num_threads, "highest")
-    script, run_args, agent = load_agent(args.checkpoint, device, words)
-    torch.set_float32_matmul_precision(run_args.matmul_precision)
+    script, run_args, agent = load_agent(args.checkpoint, args.device, args.num_threads, words)
     task = run_args.env_id
     rendered = make_rendered_env(task) if args.video else None
     print(f"{script.__name__} on {task}, seed {run_args.seed}: {args.checkpoint}")
-    print(f"  {device}, {args.episodes} episodes, seeds from {script.EVAL_SEED}")
+    print(f"  {agent.device}, {args.episodes} episodes, seeds from {script.EVAL_SEED}")
 
     envs = [make_env(task) for _ in range(args.episodes)]
     evaluation = script.evaluate(agent, envs)

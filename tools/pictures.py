@@ -17,7 +17,7 @@ from typing import Annotated
 import toolbox
 from common.bandits import BANDITS, Bandit, bandit_reward
 from common.datasets import load_dataset
-from common.devices import use_device
+from common.devices import default_threads, use_device
 from common.runs import run_command
 from common.settings import NonNegative, settings_for
 from common.tasks import user_path
@@ -53,7 +53,7 @@ def trained(script: str, task: str, seed: int, **changes: object) -> nn.Module:
         changes = dict(run_dir=folder, seed=seed, device="cpu", eval_episodes=0) | changes
         module.train(settings_for(module.Args, module.TASK_SETTINGS, task, **changes))
         [checkpoint] = Path(folder).glob("*/checkpoint.pt")
-        return load_agent(checkpoint, torch.device("cpu"))[2]
+        return load_agent(checkpoint, "cpu", default_threads())[2]
 
 
 def chosen(agent: nn.Module) -> np.ndarray:
