@@ -147,6 +147,7 @@ def bandits(seed: int):
     """Each script on each bandit, as in an evaluation. Prints rows of a table, also of the policy itself."""
     figure, panels = grid(len(PATTERNS), len(SCRIPTS))
     for row, pattern in zip(panels, PATTERNS, strict=True):
+        row[0].set_ylabel(pattern)
         for panel, script in zip(row, SCRIPTS, strict=True):
             task, start = f"bandit-{pattern}-v0", time.process_time()
             agent = trained(script, task, seed)
