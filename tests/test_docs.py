@@ -146,6 +146,40 @@ def test_the_table_of_long_runs_is_that_of_their_results():
     assert len(linked) == len(rows)
 
 
+def finals(folder, name):
+    """Last and mean score of docs/results/<folder>/<name>__<seed>, for every seed there is."""
+    runs = sorted((ROOT / "docs" / "results" / folder).glob(f"{name}__[0-9]"))
+    scores = [list(toolbox.read_run(run).evaluations.values()) for run in runs]
+    return [each[-1] for each in scores], [sum(each) / len(each) for each in scores]
+
+
+def test_the_table_of_hopper_mini_is_that_of_its_results():
+    page = (ROOT / "docs" / "results" / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)\.py` \| [\d,]+ \| ([-\d., ]+ \| [-\d.]+) \| (.*) \|$", page, re.M)
+    means = {}
+    for name, own, cloning in rows:
+        for cells, run in [(own, name), (cloning, f"{name}__cloning")]:
+            scores = finals("mini", run)[0]
+            if scores:
+                means[run] = f"{sum(scores) / 3:.1f}"
+                assert cells == f"{', '.join(f'{score:.1f}' for score in scores)} | {means[run]}", run
+            else:
+                assert cells == "as `edp_td3.py` | "
+    order = ["dtql", "diffusion_ql", "edp_td3", "edp_crr", "dac", "edp_iql"]
+    assert f"| {' | '.join(means[name] for name in order)} |\n" in README.read_text()
+
+
+def test_the_readme_has_the_scores_of_the_long_runs():
+    rows = re.findall(r"^\| `(\w+)\.py` \| (\d+\.\d \(.*) \|$", README.read_text(), re.M)
+    assert len(rows) == 5
+    for name, cells in rows:
+        expected = []
+        for recording in ("medium-replay", "medium", "medium-expert"):
+            pairs = zip(*finals("hopper", f"hopper-{recording}__{name}"), strict=True)
+            expected.append(", ".join(f"{final:.1f} ({average:.1f})" for final, average in pairs))
+        assert cells.split(" | ") == expected, name
+
+
 def test_the_returns_of_qvpo_are_those_of_its_results():
     page = (ROOT / "docs" / "qvpo_online.md").read_text()
     written: dict[str, list[str]] = {"steps": [], "return": [], "length": []}
@@ -157,7 +191,7 @@ def test_the_returns_of_qvpo_are_those_of_its_results():
         assert written[name] == [f"{each[key]:,.0f}" for each in evaluations], name
 
 
-@pytest.mark.parametrize("folder", ["docs/results/hopper", "docs/results/qvpo"])
+@pytest.mark.parametrize("folder", ["docs/results/mini", "docs/results/hopper", "docs/results/qvpo"])
 def test_the_report_of_long_runs_is_todays(folder, monkeypatch):
     monkeypatch.chdir(ROOT)
     groups, problems = report.group_runs(report.find_runs([folder]), unfinished=True)
