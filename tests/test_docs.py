@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import toolbox
@@ -182,13 +183,20 @@ def test_the_readme_has_the_scores_of_the_long_runs():
 
 def test_the_returns_of_qvpo_are_those_of_its_results():
     page = (ROOT / "docs" / "qvpo_online.md").read_text()
-    written: dict[str, list[str]] = {"steps": [], "return": [], "length": []}
-    for name, cells in re.findall(r"^\| (steps|return|length) \| (.*) \|$", page, re.M):
-        written[name] += cells.split(" | ")
-    run = json.loads((ROOT / "docs" / "results" / "qvpo" / "Hopper-v4__0" / "results.json").read_text())
-    evaluations = [each for each in run["evaluations"] if each["step"] % 20_000 == 0]
-    for name, key in [("steps", "step"), ("return", "return_mean"), ("length", "length_mean")]:
-        assert written[name] == [f"{each[key]:,.0f}" for each in evaluations], name
+    folders = sorted((ROOT / "docs" / "results" / "qvpo").glob("*__0"))
+    assert folders
+    for folder in folders:
+        text = page.partition(f"\n**{folder.name.removesuffix('__0')} ")[2].partition("\n![")[0]
+        run = json.loads((folder / "results.json").read_text())
+        written = defaultdict(list)
+        for name, cells in re.findall(r"^\| (steps|return|length) \| (.*) \|$", text, re.M):
+            written[name] += cells.split(" | ")
+        every = int(written["steps"][0].replace(",", ""))
+        evaluations = [each for each in run["evaluations"] if each["step"] % every == 0]
+        assert {"steps", "return"} <= written.keys()
+        for name in written:
+            key = {"steps": "step", "return": "return_mean", "length": "length_mean"}[name]
+            assert written[name] == [f"{each[key]:,.0f}" for each in evaluations], (folder, name)
 
 
 @pytest.mark.parametrize("folder", ["docs/results/mini", "docs/results/hopper", "docs/results/qvpo"])
