@@ -23,12 +23,13 @@ SILENCE = 10  # seconds that the host may be silent
 def open_minari(dataset_id: str):
     """The Minari dataset with an id, downloaded on first use. UserError if that fails in any way."""
     folder = Path(os.environ.get("MINARI_DATASETS_PATH") or user_path("~/.minari/datasets")) / dataset_id
-    if dataset_id.startswith("local/") and not (folder / "data").exists():  # no host has it
+    stored = (folder / "data").exists()
+    if dataset_id.startswith("local/") and not stored:  # no host has it
         raise UserError(f"no Minari dataset {dataset_id} is on this machine: no folder {folder / 'data'}")
     try:
         import minari
 
-        if not (folder / "data").exists():
+        if not stored:
             check_host()
             minari.download_dataset(dataset_id)
         metadata = json.loads((folder / "data" / "metadata.json").read_text())

@@ -147,11 +147,10 @@ def test_the_table_of_long_runs_is_that_of_their_results():
     assert len(linked) == len(rows)
 
 
-def finals(folder, name):
-    """Last and mean score of docs/results/<folder>/<name>__<seed>, for every seed there is."""
+def scores_of(folder, name):
+    """All scores of docs/results/<folder>/<name>__<seed>, for every seed there is."""
     runs = sorted((ROOT / "docs" / "results" / folder).glob(f"{name}__[0-9]"))
-    scores = [list(toolbox.read_run(run).evaluations.values()) for run in runs]
-    return [each[-1] for each in scores], [sum(each) / len(each) for each in scores]
+    return [list(toolbox.read_run(run).evaluations.values()) for run in runs]
 
 
 def test_the_table_of_hopper_mini_is_that_of_its_results():
@@ -160,10 +159,10 @@ def test_the_table_of_hopper_mini_is_that_of_its_results():
     means = {}
     for name, own, cloning in rows:
         for cells, run in [(own, name), (cloning, f"{name}__cloning")]:
-            scores = finals("mini", run)[0]
-            if scores:
-                means[run] = f"{sum(scores) / 3:.1f}"
-                assert cells == f"{', '.join(f'{score:.1f}' for score in scores)} | {means[run]}", run
+            finals = [scores[-1] for scores in scores_of("mini", run)]
+            if finals:
+                means[run] = f"{sum(finals) / 3:.1f}"
+                assert cells == f"{', '.join(f'{score:.1f}' for score in finals)} | {means[run]}", run
             else:
                 assert cells == "as `edp_td3.py` | "
     order = ["dtql", "diffusion_ql", "edp_td3", "edp_crr", "dac", "edp_iql"]
@@ -176,8 +175,8 @@ def test_the_readme_has_the_scores_of_the_long_runs():
     for cloning, script, cells in rows:
         name, expected = script + ("__cloning" if cloning else ""), []
         for recording in ("medium-replay", "medium", "medium-expert"):
-            pairs = zip(*finals("hopper", f"hopper-{recording}__{name}"), strict=True)
-            expected.append(", ".join(f"{final:.1f} ({average:.1f})" for final, average in pairs))
+            seeds = scores_of("hopper", f"hopper-{recording}__{name}")
+            expected.append(", ".join(f"{each[-1]:.1f} ({sum(each) / len(each):.1f})" for each in seeds))
         assert cells.split(" | ") == expected, name
 
 
@@ -200,7 +199,7 @@ def test_the_returns_of_qvpo_are_those_of_its_results():
 
 
 @pytest.mark.parametrize("folder", ["docs/results/mini", "docs/results/hopper", "docs/results/qvpo"])
-def test_the_report_of_long_runs_is_todays(folder, monkeypatch):
+def test_the_report_of_recorded_runs_is_todays(folder, monkeypatch):
     monkeypatch.chdir(ROOT)
     groups, problems = report.group_runs(report.find_runs([folder]), unfinished=True)
     assert report.write_report(groups, problems, [folder]) == Path(folder, "report.md").read_text()
