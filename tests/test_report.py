@@ -346,6 +346,25 @@ def test_many_curves_of_one_task_have_a_panel_for_each_script(num_scripts, runs)
     plt.close(figure)
 
 
+def test_many_curves_of_several_tasks_have_a_row_for_each_script(runs):
+    """One task lacks a script, so a place is empty; a column has its task above and one scale."""
+    scripts = ["dac", "diffusion_ql", "dtql", "edp_crr", "edp_iql", "edp_td3"]
+    other = "bandit-corners-v0"
+    for i, script in enumerate(scripts):
+        write_run(runs / script, script, TASK, 0, 10 * i)
+        if script != "dac":
+            write_run(runs / f"{script} corners", script, other, 0, 100 + 10 * i)
+    for tau in (0.1, 0.2):
+        write_run(runs / f"tau {tau}", "dtql", other, 0, 100, tau=tau)
+    figure = report.draw_curves(report.group_runs(report.find_runs(["runs"]))[0])
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == [other, f"{TASK}\ndac", *(script for script in scripts[1:] for _ in range(2))]
+    thick = [[line.get_ydata()[0] for line in ax.lines if line.get_linewidth() == 2] for ax in figure.axes]
+    assert thick[:6] == [[], [-5], [105], [5], [115, 95, 95], [15]] and not figure.axes[0].axison
+    assert len({ax.get_ylim() for ax in figure.axes}) == 2
+    plt.close(figure)
+
+
 @pytest.mark.parametrize("columns", [1, 3])
 def test_a_legend_of_long_names_is_seen_whole(grid, columns):
     groups, _ = report.group_runs(report.find_runs([str(grid)]))

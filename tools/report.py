@@ -7,7 +7,6 @@ writes report/report.md and report/curves.png; the same runs give the same bytes
 
 import json
 import math
-import operator
 import os
 import sys
 import textwrap
@@ -338,26 +337,35 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
 
 # === The curves ===
 def draw_curves(groups: list[Group]):
-    """One panel for each task; for each script where a single task has more than five curves."""
+    """A panel for each task; if up to three tasks have over five curves each, one for each script on each."""
     tasks, labels = sorted({group.task for group in groups}), sorted({group.label for group in groups})
-    apart = len(tasks) == 1 and len(groups) > 5
-    panel_of = operator.attrgetter("script" if apart else "task")
-    panels = sorted({panel_of(group) for group in groups})
+    apart = len(tasks) <= 3 and len(groups) > 5 * len(tasks)
+    scripts = sorted({group.script for group in groups}) if apart else [""]
+    panels = [(script, task) for script in scripts for task in tasks]
     plt = toolbox.pyplot()
     palette = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20")
     colors = {label: palette(i % palette.N) for i, label in enumerate(labels)}
-    columns = min(3, len(panels))
+    side_by_side = apart and len(tasks) > 1  # a column for each task
+    columns = len(tasks) if side_by_side else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     width = max(6.0, 4.4 * columns)  # inches
     across = max(1, int(width / (0.6 + 0.08 * max(map(len, labels)))))  # columns of the legend
-    size = (width, 3.2 * rows + 0.2 + 0.2 * math.ceil(len(labels) / across))
+    size = (width, (2.4 if side_by_side else 3.2) * rows + 0.2 + 0.2 * math.ceil(len(labels) / across))
     figure = plt.figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=apart)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey="col" if side_by_side else apart)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     lines = {}
-    for ax, panel in zip(axes.flat, panels, strict=False):
-        for group in (group for group in groups if panel_of(group) == panel):
+    for ax, (script, task) in zip(axes.flat, panels, strict=False):
+        members = [group for group in groups if group.task == task and script in ("", group.script)]
+        title = [script] if apart and members else []
+        if not apart or side_by_side and ax.get_subplotspec().is_first_row():
+            title = [*textwrap.wrap(task, 40), *title]
+        ax.set_title("\n".join(title), fontsize=10)
+        if not members:
+            ax.set_axis_off()
+            continue
+        for group in members:
             curves = [group.runs[seed].evaluations for seed in sorted(group.runs)]
             steps = sorted(set.intersection(*map(set, curves)))  # that all seeds have
             values = np.array([[curve[step] for curve in curves] for step in steps])  # (steps, seeds)
@@ -366,13 +374,12 @@ def draw_curves(groups: list[Group]):
             [lines[group.label]] = ax.plot(steps, values.mean(-1), linewidth=2, **look)
             if ends := interval(values):
                 ax.fill_between(steps, *ends, color=colors[group.label], alpha=0.15, linewidth=0)
-        if group.data_score() is not None:
-            ax.axhline(group.data_score(), color="gray", linestyle="--", linewidth=0.8)
-        ax.set_title(textwrap.fill(panel, 40), fontsize=10)
+        if members[0].data_score() is not None:
+            ax.axhline(members[0].data_score(), color="gray", linestyle="--", linewidth=0.8)
         ax.locator_params(axis="x", nbins=6)
-        ax.set(xlabel="steps", ylabel="normalized score" if group.unit == "score" else "return")
+        ax.set(xlabel="steps", ylabel="normalized score" if members[0].unit == "score" else "return")
         ax.grid(alpha=0.3)
-    if apart:
+    if apart and not side_by_side:
         figure.suptitle(tasks[0], fontsize=11)
     ordered = [lines[label] for label in labels]
     figure.legend(ordered, labels, loc="outside lower center", ncols=across, fontsize=9)
