@@ -337,7 +337,7 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
 
 # === The curves ===
 def draw_curves(groups: list[Group]):
-    """A panel for each task; if up to three tasks have over five curves each, one for each script on each."""
+    """A panel for each task; for each script on it, if up to three tasks have over five curves on average."""
     tasks, labels = sorted({group.task for group in groups}), sorted({group.label for group in groups})
     apart = len(tasks) <= 3 and len(groups) > 5 * len(tasks)
     scripts = sorted({group.script for group in groups}) if apart else [""]
