@@ -410,7 +410,7 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
 # === Training ===
 def train(args: Args) -> dict:
     """One run: train, evaluate, log and save; returns what results.json holds."""
-    run = Run("diffusion_ql", args, TASK_SETTINGS)
+    run = Run(__file__, args, TASK_SETTINGS)
     dataset = load_dataset(args.env_id, args.dataset, args.seed)
     envs = [dataset.make_env() for _ in range(args.eval_episodes)]
     rewards = tune_rewards(dataset, args.reward_tune)  # D8

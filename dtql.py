@@ -416,7 +416,7 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
 # === Training ===
 def train(args: Args) -> dict:
     """One run: pretrain, train, evaluate, log and save; returns what results.json holds."""
-    run = Run("dtql", args, TASK_SETTINGS)
+    run = Run(__file__, args, TASK_SETTINGS)
     if not args.resume:
         run.step = -args.pretrain_steps
     dataset = load_dataset(args.env_id, args.dataset, args.seed)

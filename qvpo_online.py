@@ -431,13 +431,13 @@ class Experience:
         obs, action, reward, next_obs, terminal = self.rows.split(self.sizes, dim=1)
         self.data = Batch(obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1))
         self.count, self.saved, self.checksum = 0, 0, 0  # transitions so far, those in the file, its CRC
-        self.begin_episode()
+        self.begin_episode(start=0)
 
-    def begin_episode(self, seed: int | None = None) -> None:
-        """Reset the environment, with a new seed if none is given (D13)."""
-        self.episode_seed = torch.randint(2**31, ()).item() if seed is None else seed
-        self.episode_start, self.episode_return = self.count, 0.0
-        self.obs = self.env.reset(seed=self.episode_seed)[0].astype(np.float32)
+    def begin_episode(self, start: int, seed: int | None = None) -> None:
+        """Reset the environment, with a new seed if none is given (D13), before transition number `start`."""
+        seed = torch.randint(2**31, ()).item() if seed is None else seed
+        self.obs = self.env.reset(seed=seed)[0].astype(np.float32)
+        self.episode_seed, self.episode_start, self.episode_return = seed, start, 0.0
 
     def play(self, action: np.ndarray) -> tuple[Tensor, bool]:
         """One step of the environment: the transition as a row, and whether the episode is over."""
@@ -451,13 +451,13 @@ class Experience:
     def step(self, action: np.ndarray) -> dict[str, float]:
         """Play one action and keep the transition; return and length of the episode if it is over."""
         row, over = self.play(action)
+        episode = {}
+        if over:
+            length = float(self.count + 1 - self.episode_start)
+            episode = {"episode_return": self.episode_return, "episode_length": length}
+            self.begin_episode(self.count + 1)  # before anything is counted, since it may fail
         self.rows[self.count % self.capacity] = row
         self.count += 1
-        if not over:
-            return {}
-        length = float(self.count - self.episode_start)
-        episode = {"episode_return": self.episode_return, "episode_length": length}
-        self.begin_episode()
         return episode
 
     def slots(self, start: int) -> Tensor:
@@ -491,12 +491,11 @@ class Experience:
         self.count, self.saved, self.checksum = state["count"], state["count"], state["checksum"]
         newest = torch.from_numpy(stored).view(-1, row_size)[-self.capacity :]
         self.rows[self.slots(self.count - len(newest))] = newest.to(self.rows.device)
-        self.begin_episode(state["episode_seed"])
-        self.episode_start = state["episode_start"]
+        self.begin_episode(state["episode_start"], state["episode_seed"])
         is_kept = self.count - self.episode_start <= self.capacity
         if not (is_kept and all(map(self.repeats, self.rows[self.slots(self.episode_start)].cpu()))):
             print("  the episode under way cannot be played again: a new one begins")
-            self.begin_episode()
+            self.begin_episode(self.count)
 
     def repeats(self, row: Tensor) -> bool:
         """Play the action of a transition again: whether all of it is as before, and the episode goes on."""
@@ -506,7 +505,7 @@ class Experience:
 
 def train(args: Args) -> dict:
     """One run: act, learn, evaluate, log and save; returns what results.json holds."""
-    run = Run("qvpo_online", args, TASK_SETTINGS)
+    run = Run(__file__, args, TASK_SETTINGS)
     if args.num_chosen > args.num_train_samples:
         raise UserError(f"--num-chosen is {args.num_chosen}, of only {args.num_train_samples} candidates")
     env, *envs = (make_online_env(args.env_id) for _ in range(1 + args.eval_episodes))

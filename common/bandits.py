@@ -19,7 +19,7 @@ def by_radius(modes: np.ndarray) -> np.ndarray:
 
 
 MOON = polar(0.5, np.linspace(0, np.pi, 12)) - [0.25, 0.125]
-ALONG = np.sqrt(np.linspace(0, 1, 32))  # equal steps along the arm of the spiral, from the inside out
+ALONG = np.sqrt(np.linspace(0, 1, 32))  # along the arm of the spiral, from the inside out
 LINE = np.linspace(-0.8, 0.8, 5)
 GRID = by_radius(np.stack(np.meshgrid(LINE, LINE), axis=-1).reshape(-1, 2))
 TURNS = np.sqrt(np.linspace(1 / 9, 1, 36))  # equal steps along the Swiss roll, which begins at a third

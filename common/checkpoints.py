@@ -19,10 +19,10 @@ RESULTS |= {"finished": bool, "train_seconds": float, "evaluations": [{"step": i
 PARTS = {"args": dict, "step": int, "results": RESULTS, "agent": dict, "optimizers": dict, "rng": Tensor}
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, flag: str = "--run-dir") -> None:
     """Write under a temporary name, bring it to the disk, rename: the final name always has a whole file.
 
-    UserError: the disk is full or not writable.
+    UserError: the disk is full or not writable; the flag chooses another place.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -34,12 +34,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
+        raise cannot_write(path, error, flag) from error
 
 
-def cannot_write(path: Path, error: OSError | UnicodeError) -> UserError:
+def cannot_write(path: Path, error: OSError | UnicodeError, flag: str = "--run-dir") -> UserError:
     reason = getattr(error, "strerror", None) or error
-    return UserError(f"cannot write {path}: {reason}; make room or choose another --run-dir")
+    return UserError(f"cannot write {path}: {reason}; make room or choose another {flag}")
 
 
 def lock_folder(folder: Path) -> FileLock:

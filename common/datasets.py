@@ -220,8 +220,10 @@ def tune_rewards(data: Dataset, rule: RewardRule) -> np.ndarray:
     Prints what the rule does to them. UserError: data for which the rule would divide by zero.
     """
     rewards = data.rewards.astype(np.float64)
+    if rule == "none":
+        print(f"rewards as recorded: {describe(rewards)}")
+        return data.rewards
     rules = {  # rule: what to subtract, then what to divide by
-        "none": (0, 1),
         "iql_locomotion": (0, np.ptp(sum_by_episode(rewards, data.episode_ends)) / 1000),  # returns span 1000
         "iql_antmaze": (1, 1),
         "cql_antmaze": (0.5, 1 / 4),
@@ -235,10 +237,7 @@ def tune_rewards(data: Dataset, rule: RewardRule) -> np.ndarray:
         reason = "all rewards, or all returns of whole episodes, are equal"
         raise UserError(f"{data.task}: --reward-tune {rule} is undefined: {reason}; none keeps the rewards")
     tuned = ((rewards - shift) / scale).astype(np.float32)
-    if rule == "none":
-        print(f"rewards as recorded: {describe(rewards)}")
-    else:
-        print(f"rewards by {rule}: {describe(rewards)} -> {describe(tuned)}")
+    print(f"rewards by {rule}: {describe(rewards)} -> {describe(tuned)}")
     return tuned
 
 

@@ -27,8 +27,10 @@ def default_threads() -> int:
 def use_device(name: str, num_threads: int, matmul_precision: str) -> torch.device:
     """The device called auto, cpu, cuda or cuda:<i>, after a first use that shows that it works.
 
-    num_threads and matmul_precision hold for the whole process. UserError: there is no such device.
+    num_threads and matmul_precision hold for the whole process. UserError: no such device, or many threads.
     """
+    if num_threads > 1024:
+        raise UserError(f"--num-threads is {num_threads}; above 1024 PyTorch may crash")
     torch.set_num_threads(num_threads)
     torch.set_float32_matmul_precision(matmul_precision)
     keep_freed_memory()

@@ -10,14 +10,13 @@ from urllib.error import HTTPError
 
 from common.d4rl_envs import import_robotics
 from common.datasets import is_here
+from common.downloads import SILENCE
 from common.envs import check_spaces
 from common.tasks import OFFLINE, UserError, user_path
 
 import h5py
 import numpy as np
-from gymnasium.spaces import Dict
-
-SILENCE = 10  # seconds that the host may be silent
+from gymnasium.spaces import Box, Dict
 
 
 def open_minari(dataset_id: str):
@@ -89,7 +88,6 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
     """
     data = open_minari(dataset_id)
     check_spaces(dataset_id, data.observation_space, data.action_space)
-    low, high = data.action_space.low.astype(np.float64), data.action_space.high.astype(np.float64)
     try:
         for path in Path(data.storage.data_path).glob("*.hdf5"):
             check_stored(path)
@@ -99,7 +97,7 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
         actions = np.concatenate([episode.actions for episode in episodes])
         return {
             "observations": np.concatenate([values[:-1] for values in observations]),
-            "actions": 2 * (actions - low) / (high - low) - 1,
+            "actions": to_unit_box(actions, data.action_space),
             "rewards": np.concatenate([episode.rewards for episode in episodes]),
             "next_observations": np.concatenate([values[1:] for values in observations]),
             "terminals": np.concatenate([episode.terminations for episode in episodes]),
@@ -108,6 +106,12 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
     except Exception as error:  # h5py's, NumPy's, Minari's
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"cannot read the Minari dataset {dataset_id}: {reason}") from error
+
+
+def to_unit_box(actions: np.ndarray, space: Box) -> np.ndarray:
+    """Actions (N, action_dim) of a space, scaled to [-1, 1] in float64."""
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    return 2 * (actions - low) / (high - low) - 1
 
 
 def flatten(space, values) -> np.ndarray:

@@ -77,8 +77,8 @@ def stopping_between_steps() -> Iterator[None]:
 
     def request_stop(number: int, frame: object) -> None:
         stop_requested.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for each in {signal.SIGINT, signal.SIGTERM}.intersection(heard):
+            signal.signal(each, signal.SIG_DFL)
 
     stop_requested.clear()
     heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
@@ -105,12 +105,12 @@ class Run:
     """
 
     def __init__(self, script: str, args, task_settings: TaskSettings):
-        """Check the settings, read the checkpoint that is to be resumed, seed the random numbers.
+        """Check the settings of a script's file, read the checkpoint to resume, seed the random numbers.
 
         UserError: a setting out of bounds, no such device, or a checkpoint that these settings cannot resume.
         """
         check_bounds(args)
-        self.script, self.args = script, args
+        self.script, self.args = Path(script).stem, args
         self.sources = sources_of(args, task_settings)
         self.checkpoint: dict = {}
         self.step = 0
@@ -122,12 +122,12 @@ class Run:
 
     def read_checkpoint(self, path: Path) -> None:
         """Take over step and results. UserError: the run is finished, or the checkpoint is of another run."""
-        self.checkpoint = load_checkpoint(path)
-        self.folder, self.step = self.checkpoint["folder"], self.checkpoint["step"]
+        self.folder = load_checkpoint(path)["folder"]
         if path.is_file() and path.name != "checkpoint.pt" and (self.folder / "checkpoint.pt").exists():
             raise UserError(f"{self.folder} has a checkpoint.pt; copy {path.name} elsewhere to resume it")
         self.lock = lock_folder(self.folder)
-        self.results = self.checkpoint["results"]
+        self.checkpoint = load_checkpoint(path)  # once more: another process may have written it until now
+        self.step, self.results = self.checkpoint["step"], self.checkpoint["results"]
         for name, given in [("script", self.script), ("env_id", self.args.env_id), ("seed", self.args.seed)]:
             if self.results[name] != given:
                 raise UserError(f"{path} is of {name} {self.results[name]}, not {given}: start a new run")
@@ -136,6 +136,9 @@ class Run:
             raise UserError(f"{path} is finished, at step {self.step:,}; --total-steps can add more")
         if self.step > self.args.total_steps:
             raise UserError(f"{path} is at step {self.step:,}, past --total-steps {self.args.total_steps:,}")
+        moved = user_path(self.args.run_dir).resolve() != self.folder.resolve().parent
+        if moved and self.args.run_dir != self.checkpoint["args"]["run_dir"]:
+            raise UserError(f"--run-dir {self.args.run_dir} is for a new run; {self.folder} stays in place")
         saved = self.checkpoint["args"] | {"resume": self.args.resume, "run_dir": self.args.run_dir}
         changed = {name: [saved[name], new] for name, new in asdict(self.args).items() if new != saved[name]}
         if changed:
@@ -273,8 +276,8 @@ class Run:
             raise cannot_write(self.folder, error) from error
 
     def evaluation_due(self) -> bool:
-        """Whether this step ends with an evaluation that has not been made yet."""
-        done = max((evaluation["step"] for evaluation in self.results["evaluations"][-1:]), default=0)
+        """Whether this step ends with an evaluation not made yet; starts its clock. UserError: bad losses."""
+        done = self.results["evaluations"][-1]["step"] if self.results["evaluations"] else 0
         if self.args.eval_episodes == 0 or self.step <= done or not self.reached(self.args.eval_every):
             return False
         self.check_finite()

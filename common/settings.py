@@ -72,14 +72,10 @@ def settings_for(args_class: type[Args], task_settings: TaskSettings, env_id: st
 def sources_of(args: Any, task_settings: TaskSettings) -> dict[str, str]:
     """Setting -> where its value came from: task, row (<name>), default, or given if it differs from that."""
     row, of_row = task_row(args.env_id, task_settings)
-    expected = settings_for(type(args), task_settings, args.env_id)
-    sources = {}
-    for name, value in vars(args).items():
-        if value != getattr(expected, name):
-            sources[name] = "given"
-        else:
-            sources[name] = of_row if name in row else "default"
-    return sources
+    expected = replace(settings_for(type(args), task_settings, args.env_id), env_id=type(args).env_id)
+    usual = {name: of_row if name in row else "default" for name in vars(args)}
+    given = {name: "given" for name, value in vars(args).items() if value != getattr(expected, name)}
+    return usual | given
 
 
 @dataclass

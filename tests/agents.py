@@ -3,6 +3,7 @@
 from common.settings import settings_for
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TASK = "bandit-corners-v0"
 
@@ -50,3 +51,19 @@ def check_act_by_softmax(agent, critic, noise, monkeypatch):
         q = torch.stack([critic(obs, candidates[:, j]).amin(0) for j in range(7)])  # (7, 5)
     torch.testing.assert_close(seen[0], q.softmax(0).T)
     torch.testing.assert_close(action, candidates[torch.arange(5), [0, 3, 6, 1, 2]])
+
+
+def check_no_waiting(update):
+    """None of its operations reads a number back to the host, or has a shape that depends on one."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            names.add(operation._schema.name.removeprefix("aten::"))
+            return operation(*args, **kwargs or {})
+
+    names = set()
+    with Recorder():
+        update()
+    assert {"addmm", "_fused_adam_", "randint"} <= names
+    assert not {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"} & names
+    return names

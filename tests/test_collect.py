@@ -67,7 +67,7 @@ def datasets(collected):
 def run(tmp_path):
     """Collect in a folder of this test's own, with TINY arguments and those given here."""
     with in_folder(tmp_path):
-        yield lambda **changes: collect.main(replace(TINY, run_dir=str(tmp_path / "runs"), **changes))
+        yield lambda **changes: collect.main(replace(TINY, **{"run_dir": str(tmp_path / "runs")} | changes))
 
 
 def checkpoint_in(folder, name="line"):
@@ -326,6 +326,14 @@ def test_a_full_disk(run, tmp_path, monkeypatch):
 def test_mistakes(changes, message, run):
     with pytest.raises(UserError, match=message):
         run(**changes)
+
+
+def test_a_file_in_the_place_of_a_folder(run, tmp_path):
+    (tmp_path / "file").touch()
+    for given, flag in [("hdf5", "--hdf5"), ("run_dir", "--run-dir")]:
+        with pytest.raises(UserError, match=f"cannot write {tmp_path}/file.*choose another {flag}"):
+            run(**{given: str(tmp_path / "file")})
+    assert not (tmp_path / "runs").exists()
 
 
 def test_another_training_in_the_folder(run, tmp_path):

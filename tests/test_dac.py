@@ -13,6 +13,7 @@ import pytest
 import reference
 import torch
 from agents import TASK, random_batch, sampled_actions
+from runs import load, resume, train
 
 CPU = torch.device("cpu")
 
@@ -100,6 +101,12 @@ def test_eta_follows_the_constraint_within_its_bounds():
         agent = small_agent(eta=1.0, eta_lr=0.1, bc_threshold=threshold, eta_min=0.95, eta_max=1.05)
         agent.update_actor(batch, agent.draw(5))
         assert agent.eta.item() == pytest.approx((1 + expected) / 2)
+
+
+def test_a_fixed_eta_is_that_of_the_resumed_run(tmp_path):
+    folder = train(tmp_path, dac, total_steps=2, eta_lr=0.0, eta=1.0)
+    resume(folder, dac, total_steps=3, eta=2.0)
+    assert load(folder)["agent"]["eta"] == 2.0
 
 
 @pytest.mark.slow

@@ -41,6 +41,11 @@ def test_threads_and_precision():
         use_device("cpu", before, "highest")
 
 
+def test_more_threads_than_pytorch_takes():
+    with pytest.raises(UserError, match="--num-threads is 3000000000; above 1024 PyTorch may crash"):
+        use_device("cpu", 3_000_000_000, "highest")
+
+
 # --- Matrix products ---
 ZEN5 = "vendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t: avx512bw"
 PRODUCTS = """

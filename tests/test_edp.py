@@ -226,6 +226,8 @@ def test_controlled_sampling():
     obs = torch.zeros(200, 4)
     agent = small_agent(edp_td3, noise_scale=0.0, num_action_samples=1)
     assert len(agent.act(obs).unique(dim=0)) == 1
+    agent = small_agent(edp_td3, noise_scale=0.0, num_action_samples=1, sampler="ddpm")
+    assert len(agent.act(obs).unique(dim=0)) > 100  # the noise of the steps is left as it is
     spreads = []
     for scale in (0.5, 1.0, 1.5):
         agent = small_agent(edp_td3, policy_scale=scale, num_action_samples=1)

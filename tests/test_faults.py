@@ -11,6 +11,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import common.runs
 import dac
 import qvpo_online
 from common.bandits import Bandit
@@ -112,6 +113,18 @@ def test_a_closed_terminal_does_not_stop_a_run_under_nohup(tmp_path, monkeypatch
         signal.signal(signal.SIGHUP, previous)
 
 
+def test_ctrl_c_stays_ignored_where_it_was(tmp_path, monkeypatch):
+    """As after & in a shell script: SIGTERM stops the run, a Ctrl-C then does not end it at once."""
+    previous, events = signal.signal(signal.SIGINT, signal.SIG_IGN), [signal.SIGTERM, signal.SIGINT]
+    try:
+        before_call(monkeypatch, dac.DAC, "update", at={3: lambda: [*map(signal.raise_signal, events)]})
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, dac)
+        assert load(folder_in(tmp_path))["step"] == 3
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def test_a_signal_that_ends_the_cpp_compiler_too(finished, tmp_path, monkeypatch, capsys):
     """Ctrl-C in a terminal reaches g++, which torch.compile reports; without a signal that is an error."""
     from torch._inductor.exc import InductorError
@@ -190,6 +203,18 @@ def full_disk(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_checkpoint_that_another_process_writes_meanwhile(copy, tmp_path, monkeypatch):
+    """A resume goes on from what is there once the folder is its own."""
+    newer = Path(shutil.copytree(copy, tmp_path / "newer"))
+    resume(newer, dac, total_steps=30)
+    with monkeypatch.context() as patch:
+        take = lambda: shutil.copy(newer / "checkpoint.pt", copy)  # noqa: E731
+        before_call(patch, common.runs, "lock_folder", at={1: take})
+        resume(copy, dac, total_steps=36)
+    assert results_of(copy)["changes"][-1]["step"] == 30
+    assert [each["step"] for each in results_of(copy)["evaluations"]] == [6, 12, 18, 24, 30, 36]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(copy):
@@ -445,7 +470,10 @@ def test_learning_rates_that_are_too_high(eval_every, script, tmp_path):
 # === Environments that fail ===
 @pytest.mark.parametrize(
     ("script", "method", "call", "step"),
-    [(dac, "reset", 1, 6), (dac, "step", 5, 18), (qvpo_online, "reset", 1, 0), (qvpo_online, "step", 17, 12)],
+    [
+        *[(dac, "reset", 1, 6), (dac, "step", 5, 18)],
+        *[(qvpo_online, "reset", 1, 0), (qvpo_online, "reset", 4, 2), (qvpo_online, "step", 17, 12)],
+    ],
 )
 def test_an_environment_that_fails(script, method, call, step, finished, tmp_path, monkeypatch):
     """What was learned is saved, and the run goes on when the environment is repaired."""
@@ -456,5 +484,7 @@ def test_an_environment_that_fails(script, method, call, step, finished, tmp_pat
         assert load(folder_in(tmp_path))["step"] == results_of(folder_in(tmp_path))["step"] == step
         resume(folder_in(tmp_path), script)
         assert results_of(folder_in(tmp_path))["finished"]
+    if script is qvpo_online and step:
+        assert load(folder_in(tmp_path))["memory"]["count"] == 24  # a transition for each step
     if script is dac:
         assert_same_run(folder_in(tmp_path), finished(dac))

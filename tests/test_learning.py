@@ -10,6 +10,7 @@ trains two seeds instead of one. tools/parity.py trains and compares; it explain
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from common.tasks import UserError
@@ -200,3 +201,15 @@ def test_the_tool_trains_once_draws_and_tabulates(tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().out.splitlines() == printed[-5:]
     with pytest.raises(UserError, match="cannot write"):
         parity.main(parity.Args(args.curves, output=tmp_path / "made_up.json"))
+
+
+def test_fewer_intervals_than_are_kept(tmp_path, capsys):
+    """Curves of different lengths are compared as far as --intervals says."""
+    names = {"diff": "bc_loss", "qf1 + qf2": "critic_loss"}
+    args = parity.Args([made_up(tmp_path, names=names)], seeds=(0,), output=tmp_path / "made")
+    parity.main(args)
+    parity.main(replace(args, seeds=(0, 1), intervals=1))
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| `dac`")]
+    assert [row[2] for row in rows] == ["24"] * (len(rows) // 2) + ["12"] * (len(rows) // 2) and len(rows) > 1
+    kept = json.loads((tmp_path / "made" / "made_up.json").read_text())["seeds"]
+    assert {name: len(points) for name, points in kept["0"].items()} == dict.fromkeys(kept["0"], 2)

@@ -365,6 +365,16 @@ def test_many_curves_of_several_tasks_have_a_row_for_each_script(runs):
     plt.close(figure)
 
 
+def test_seeds_without_a_common_step(runs):
+    """There is nothing to average, so they have no curve."""
+    for seed in (0, 1):
+        path = write_run(runs / str(seed), "dac", TASK, seed, 50, evaluations=1) / "results.json"
+        path.write_text(path.read_text().replace('"step": 30', f'"step": {20 + seed}'))
+    figure = report.draw_curves(report.group_runs(report.find_runs(["runs"]), unfinished=True)[0])
+    assert [line.get_xdata().tolist() for line in figure.axes[0].lines if line.get_linewidth() == 2] == [[]]
+    plt.close(figure)
+
+
 @pytest.mark.parametrize("columns", [1, 3])
 def test_a_legend_of_long_names_is_seen_whole(grid, columns):
     groups, _ = report.group_runs(report.find_runs([str(grid)]))
@@ -455,3 +465,7 @@ def test_command(grid, tmp_path):
     assert done.returncode == 2
     message = f"error: cannot write {tmp_path}/file/x/curves.png: Not a directory; choose another --output"
     assert done.stderr.splitlines()[-1] == message
+    (tmp_path / "folder/report.md/x").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot write .*folder/report.md: "):
+        report.main(Args([str(grid)], str(tmp_path / "folder")))
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {"report.md", "curves.png"}

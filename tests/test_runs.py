@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import runs
 import torch
-from agents import random_batch
+from agents import check_no_waiting, random_batch
 from recordings import flags, write
 from runs import assert_same_run, before_call, curves_of, folder_in, load, results_of, resume, train
 
@@ -248,6 +248,24 @@ def test_more_steps_with_other_settings(finished, tmp_path, capsys):
     assert config["sources"]["actor_lr"] == "row (bandit)"
     assert load(folder)["step"] == results_of(folder)["total_steps"] == 30
     assert [each["step"] for each in results_of(folder)["evaluations"]] == [6, 12, 18, 24, 30]
+
+
+def test_updates_never_wait_for_a_value(script):
+    agent = runs.agent_class(script)(4, 2, runs.tiny_settings(script), torch.device("cpu"))
+    agent.set_step(20)
+    for name in ("pretrain", "update"):
+        if update := getattr(agent, name, None):
+            check_no_waiting(partial(update, random_batch(script, 50)))
+
+
+def test_a_run_is_resumed_where_it_is(finished, tmp_path):
+    """Also after it was moved; another --run-dir is refused."""
+    folder = Path(shutil.copytree(finished(dac), tmp_path / "moved" / "run"))
+    with pytest.raises(UserError, match=f"--run-dir .*/new is for a new run; {folder} stays in place"):
+        resume(folder, dac, total_steps=26, run_dir=tmp_path / "new")
+    resume(folder, dac, total_steps=26)
+    resume(folder, dac, total_steps=28, run_dir=tmp_path / "moved")
+    assert results_of(folder)["finished"] and not (tmp_path / "new").exists()
 
 
 def test_the_hours_before_a_resume_count(tmp_path):

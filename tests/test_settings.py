@@ -66,7 +66,10 @@ def test_every_task_has_its_published_settings(script):
     for task, expected in published.items():
         args, sources = resolve(script, task)
         assert {name: getattr(args, name) for name in expected} == expected, task
-        assert set(sources.values()) <= {"task", "default"}, task
+        assert set(sources.values()) <= {"task", "default", "given"}, task
+        assert [name for name in sources if sources[name] == "given"] == ["env_id"] * (
+            task != script.Args.env_id
+        ), task
 
 
 def test_every_row_of_a_script_is_published_or_ours(script):
@@ -107,7 +110,7 @@ def parsed(*words, script=dac):
 
 def test_given_beats_task_beats_default():
     args, sources = parsed("--env-id", "halfcheetah-medium-expert-v2", "--eta", "0.5", "--num-qs", "10")
-    assert (args.eta, sources["eta"]) == (0.5, "given")
+    assert (args.eta, sources["eta"], sources["env_id"]) == (0.5, "given", "given")
     assert (args.bc_threshold, sources["bc_threshold"]) == (0.1, "task")
     assert (args.num_qs, sources["num_qs"]) == (10, "default")
     args, sources = parsed("--eta=1.0", "--env-id=antmaze-umaze-v2", "--no-max-q-backup")

@@ -3,7 +3,7 @@
 If the diff no longer applies, let patch mark where, correct that in idql.py, and write the diff anew:
 
     patch --merge -o idql.py edp_iql.py docs/idql.diff
-    diff -U1 --label edp_iql.py --label idql.py edp_iql.py idql.py > docs/idql.diff
+    diff -u --label edp_iql.py --label idql.py edp_iql.py idql.py > docs/idql.diff
 """
 
 import importlib

@@ -32,6 +32,7 @@ import toolbox  # noqa: F401 (makes common/ importable)
 from common.checkpoints import FORMAT, cannot_write, load_checkpoint, lock_folder, write_atomically
 from common.devices import default_threads, use_device
 from common.envs import CheckedEnv, flattened, make_online_env, original_env
+from common.minari_data import to_unit_box
 from common.runs import raise_if_interrupted, run_command, stopping_between_steps
 from common.scores import normalized_score
 from common.settings import NonNegative, Positive, UnitInterval
@@ -312,17 +313,16 @@ def returns_of(episodes: list[EpisodeBuffer]) -> np.ndarray:
 # === Writing ===
 def write_hdf5(path: Path, episodes: list[EpisodeBuffer], space: spaces.Box, about: dict) -> None:
     """An HDF5 file in D4RL layout, complete or not at all; actions are scaled to [-1, 1]."""
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     actions = np.concatenate([each.actions for each in episodes])
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         file["observations"] = np.concatenate([each.observations[:-1] for each in episodes], dtype=np.float32)
-        file["actions"] = (2 * (actions - low) / (high - low) - 1).astype(np.float32)
+        file["actions"] = to_unit_box(actions, space).astype(np.float32)
         file["rewards"] = np.concatenate([each.rewards for each in episodes], dtype=np.float32)
         file["terminals"] = np.concatenate([each.terminations for each in episodes])
         file["timeouts"] = np.concatenate([each.truncations for each in episodes])
         file.attrs["collected"] = json.dumps(about)
-    write_atomically(path, content.getvalue())
+    write_atomically(path, content.getvalue(), "--hdf5")
 
 
 def write_minari(dataset_id: str, episodes: list[EpisodeBuffer], env: gym.Env, about: dict) -> None:
@@ -370,11 +370,12 @@ def collect(args: Args) -> None:
     for each in names.values():
         if not args.overwrite and (Path(each) if hdf5 else get_dataset_path(each)).exists():
             raise UserError(f"{each} exists; --overwrite replaces it, --kinds and --name leave it alone")
-    for path in (folder, hdf5 or folder):
+    for path, flag in [(hdf5, "--hdf5"), (folder, "--run-dir")]:
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            if path:
+                path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise cannot_write(path, error) from error
+            raise cannot_write(path, error, flag) from error
 
     lock = lock_folder(folder)
     training = Training(args, env, folder)

@@ -181,7 +181,8 @@ def our_curves(curves: Curves, args: Args) -> dict[str, dict]:
             kept["seeds"][seed] = {name: [float(f"{x:.6g}") for x in points[name]] for name in points}
             kept["made"][seed] = describe_machine(torch.device("cpu"))
             toolbox.write_output(path, (json.dumps(kept, indent=1) + "\n").encode())
-    return {seed: kept["seeds"][seed] for seed in map(str, args.seeds)}
+    seeds = {seed: kept["seeds"][seed] for seed in map(str, args.seeds)}
+    return {seed: {name: points[:count] for name, points in seeds[seed].items()} for seed in seeds}
 
 
 def conditions(curves: Curves) -> dict:
@@ -236,8 +237,8 @@ def table(curves: Curves, ours: dict[str, dict]) -> str:
     """Rows of Markdown: metric, last step, mean and standard deviation over the seeds of both, width."""
     rows = []
     for metric in compared(curves, next(iter(ours.values()))):
-        count = min(len(seed[metric]) for seed in ours.values())
-        mine = np.array([seed[metric][count - 1] for seed in ours.values()])
+        values = np.array([seed[metric] for seed in ours.values()])  # (seeds, intervals)
+        count, mine = values.shape[1], values[:, -1]
         theirs = curves.authors[metric][:, count - 1]
         cells = [f"`{curves.script}`", f"`{metric}`", f"{curves.steps[count - 1]:,}"]
         cells += [
@@ -245,7 +246,7 @@ def table(curves: Curves, ours: dict[str, dict]) -> str:
             for each in (theirs, mine)
         ]
         largest = max(
-            furthest(curves, metric, np.array([seed[metric] for seed in ours.values()])),
+            furthest(curves, metric, values),
             furthest(curves, metric, curves.authors[metric]),
         )
         rows.append(f"| {' | '.join([*cells, f'{largest:.1%}', f'{width_of(curves.script, metric):.0%}'])} |")

@@ -368,11 +368,11 @@ def draw_curves(groups: list[Group]):
         for group in members:
             curves = [group.runs[seed].evaluations for seed in sorted(group.runs)]
             steps = sorted(set.intersection(*map(set, curves)))  # that all seeds have
-            values = np.array([[curve[step] for curve in curves] for step in steps])  # (steps, seeds)
+            values = np.array([[curve[step] for step in steps] for curve in curves]).T  # (steps, seeds)
             look = {"color": colors[group.label], "marker": "o" if len(steps) == 1 else None}
             ax.plot(steps, values, linewidth=0.6, alpha=0.5, markersize=3, **look)
             [lines[group.label]] = ax.plot(steps, values.mean(-1), linewidth=2, **look)
-            if ends := interval(values):
+            if steps and (ends := interval(values)):
                 ax.fill_between(steps, *ends, color=colors[group.label], alpha=0.15, linewidth=0)
         if members[0].data_score() is not None:
             ax.axhline(members[0].data_score(), color="gray", linestyle="--", linewidth=0.8)

@@ -3,6 +3,7 @@
 Each tool imports this module first: then it finds the scripts and common/, wherever it is started.
 """
 
+import contextlib
 import difflib
 import importlib
 import io
@@ -184,6 +185,10 @@ def write_output(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
-        part.replace(path) if content else part.unlink()
+        if content:
+            part.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another --output") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
