@@ -126,8 +126,9 @@ def test_recipes_count_runs_and_steps():
 
 
 # === Recorded runs ===
-def test_the_table_of_long_runs_is_that_of_their_results():
-    page = ROOT / "docs" / "results" / "hopper.md"
+@pytest.mark.parametrize(("page", "robot"), [("hopper.md", "hopper"), ("README.md", "halfcheetah")])
+def test_the_table_of_long_runs_is_that_of_their_results(page, robot):
+    page = ROOT / "docs" / "results" / page
     [text] = re.findall(r"^(\| recording \| run \|.*?)\n\n", page.read_text(), re.M | re.S)
     header, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
     linked = set()
@@ -135,7 +136,7 @@ def test_the_table_of_long_runs_is_that_of_their_results():
         cells = dict(zip(header, row, strict=True))
         [(name, link)] = re.findall(r"`(\w+)\.py`.*\]\((.*)/results\.json\)", cells["run"])
         run = toolbox.read_run(page.parent / link)
-        assert (f"hopper-{cells['recording']}-v2", name) == (run.args["env_id"], run.script)
+        assert (f"{robot}-{cells['recording']}-v2", name) == (run.args["env_id"], run.script)
         for step in [column for column in header if column[0].isdigit()]:
             score = run.evaluations.get(int(step.replace(",", "")))
             assert cells[step] == ("" if score is None else f"{score:.1f}"), row
@@ -143,7 +144,7 @@ def test_the_table_of_long_runs_is_that_of_their_results():
         averages = [f"{sum(last_ten) / len(last_ten):.1f}", f"{run.step:,}", f"{run.hours:.1f}"]
         assert [cells["last ten"], cells["steps"], cells["hours"]] == averages, row
         linked.add(page.parent / link)
-    assert linked == {path.parent for path in (page.parent / "hopper").glob("*/config.json")}
+    assert linked == {path.parent for path in (page.parent / robot).glob("*/config.json")}
     assert len(linked) == len(rows)
 
 
@@ -198,9 +199,10 @@ def test_the_returns_of_qvpo_are_those_of_its_results():
             assert written[name] == [f"{each[key]:,.0f}" for each in evaluations], (folder, name)
 
 
-@pytest.mark.parametrize("folder", ["docs/results/mini", "docs/results/hopper", "docs/results/qvpo"])
-def test_the_report_of_recorded_runs_is_todays(folder, monkeypatch):
+@pytest.mark.parametrize("name", ["mini", "hopper", "halfcheetah", "qvpo"])
+def test_the_report_of_recorded_runs_is_todays(name, monkeypatch):
     monkeypatch.chdir(ROOT)
+    folder = f"docs/results/{name}"
     groups, problems = report.group_runs(report.find_runs([folder]), unfinished=True)
     assert report.write_report(groups, problems, [folder]) == Path(folder, "report.md").read_text()
 

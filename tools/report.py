@@ -360,7 +360,7 @@ def draw_curves(groups: list[Group]):
         members = [group for group in groups if group.task == task and script in ("", group.script)]
         title = [script] if apart and members else []
         if not apart or side_by_side and ax.get_subplotspec().is_first_row():
-            title = [*textwrap.wrap(task, 40), *title]
+            title = [*textwrap.wrap(task, 40, break_on_hyphens=False), *title]
         ax.set_title("\n".join(title), fontsize=10)
         if not members:
             ax.set_axis_off()
