@@ -105,7 +105,7 @@ class Run:
     """
 
     def __init__(self, script: str, args, task_settings: TaskSettings):
-        """Check the settings of a script's file, read the checkpoint to resume, seed the random numbers.
+        """For a script, by its file: check the settings, read the checkpoint to resume, seed the randomness.
 
         UserError: a setting out of bounds, no such device, or a checkpoint that these settings cannot resume.
         """
@@ -136,8 +136,8 @@ class Run:
             raise UserError(f"{path} is finished, at step {self.step:,}; --total-steps can add more")
         if self.step > self.args.total_steps:
             raise UserError(f"{path} is at step {self.step:,}, past --total-steps {self.args.total_steps:,}")
-        moved = user_path(self.args.run_dir).resolve() != self.folder.resolve().parent
-        if moved and self.args.run_dir != self.checkpoint["args"]["run_dir"]:
+        elsewhere = user_path(self.args.run_dir).resolve() != self.folder.resolve().parent
+        if elsewhere and self.args.run_dir != self.checkpoint["args"]["run_dir"]:
             raise UserError(f"--run-dir {self.args.run_dir} is for a new run; {self.folder} stays in place")
         saved = self.checkpoint["args"] | {"resume": self.args.resume, "run_dir": self.args.run_dir}
         changed = {name: [saved[name], new] for name, new in asdict(self.args).items() if new != saved[name]}
