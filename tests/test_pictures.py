@@ -2,16 +2,16 @@
 
 import os
 
-import toolbox
-from common.bandits import bandit_reward
-from common.settings import settings_for
-from common.tasks import UserError
-
 import pictures
 import pytest
 import torch
 from matplotlib.image import imread
 from runs import AGENTS, ROOT, finish, python
+
+import toolbox
+from common.bandits import bandit_reward
+from common.settings import settings_for
+from common.tasks import UserError
 
 TINY = {name: settings for name, (_, settings) in AGENTS.items()}
 NUM_PANELS = dict(diffusion_ql_corners=3, dtql_trust_region=12, dtql_policy=8, dac_guidance=4)

@@ -14,6 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+import torch
+import tyro
+from evaluate import load_agent
+from torch import nn
+
 import toolbox
 from common.bandits import BANDITS, Bandit, bandit_reward
 from common.datasets import load_dataset
@@ -21,12 +27,6 @@ from common.devices import default_threads, use_device
 from common.runs import run_command
 from common.settings import NonNegative, settings_for
 from common.tasks import user_path
-
-import numpy as np
-import torch
-import tyro
-from evaluate import load_agent
-from torch import nn
 
 LINE = np.linspace(-1, 1, 101)
 SURFACE = np.stack(np.meshgrid(LINE, LINE), axis=-1).reshape(-1, 2)  # (101 * 101, 2), y slowly and x fast
