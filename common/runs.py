@@ -154,6 +154,7 @@ class Run:
         if dataset:
             mean = dataset.episode_returns.mean().item() if len(dataset.episode_returns) else None
             self.results |= {"data": dataset.name, "data_checksum": dataset.checksum(), "data_mean": mean}
+        self.results |= {"reference_returns": self.reference}
         self.results |= {"evaluations": [], "losses": {}, "train_seconds": 0.0}
         name = f"{args.env_id}__{Path(script).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.folder = Path(args.run_dir).expanduser() / re.sub(r"[^-\w.]", "-", name)

@@ -11,11 +11,10 @@ Script, arguments and task are read from the checkpoint. The evaluation is the s
 docs/tools.md says more.
 """
 
-import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ from common.cli import NonNegative, Positive, Threads, UserError, check_bounds, 
 from common.devices import default_threads, use_device
 from common.envs import make_env
 from common.runs import load_checkpoint
-from common.scores import normalized_score, reference_returns
+from common.scores import normalized_score
 from common.tasks import find_task
 
 MOST_EPISODES = 10_000
@@ -58,7 +57,7 @@ class Args:
 
 
 def run_arguments(checkpoint: dict, path: Path, words: Sequence[str]) -> tuple[ModuleType, object]:
-    """The script that wrote a checkpoint, and its arguments; words of its command line replace some of them."""
+    """The script that wrote a checkpoint, and its arguments; words of a command line replace some of them."""
     script = toolbox.load_script(checkpoint["results"]["script"])
     try:
         args = script.Args(**checkpoint["args"])
@@ -88,66 +87,57 @@ def act_milliseconds(agent: nn.Module, obs_dim: int, batch: int) -> float:
 class Filmed(gym.Wrapper):
     """An environment that shows a frame before every step: the state that the action is for."""
 
-    def __init__(self, env: gym.Env, video):
+    def __init__(self, env: gym.Env, show: Callable):
         super().__init__(env)
-        self.video = video
+        self.show = show
 
     def step(self, action):
-        self.video.append_data(self.render())
+        self.show(self.render())
         return self.env.step(action)
 
 
-class Strip(contextlib.AbstractContextManager):
-    """Eight of the frames side by side, written in the end; used like imageio's writer."""
-
-    def __init__(self, path: Path):
-        self.path, self.frames = path, []
-
-    def append_data(self, frame: np.ndarray) -> None:
-        self.frames.append(frame[::3, ::3])
-
-    def __exit__(self, *failure) -> None:
-        shown = np.linspace(0, len(self.frames) - 1, 8).astype(int)
-        imageio.imwrite(self.path, np.hstack([self.frames[i] for i in shown]))
-
-
-def make_rendered_env(args: object) -> gym.Env:
+def make_rendered_env(args) -> gym.Env:
     """An environment that draws itself, without a screen where there is none. UserError: it cannot."""
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         os.environ.setdefault("MUJOCO_GL", "egl")
-    env = make_env(find_task(args.env_id), args, render_mode="rgb_array")
-    if renderer := getattr(env.unwrapped, "mujoco_renderer", None):
-        follow(renderer)
+    env, about = make_env(find_task(args.env_id), args, render_mode="rgb_array"), ""
     try:
+        if renderer := getattr(env.unwrapped, "mujoco_renderer", None):
+            about = f"; MUJOCO_GL is {os.environ.get('MUJOCO_GL', 'not set')}: {OPENGL}"
+            follow(renderer)
         env.reset(seed=0)
         if isinstance(env.render(), np.ndarray):
             return env
         reason = "it has no rgb_array rendering"
     except Exception as error:  # of OpenGL, or of a package that draws and is not installed
-        about = f"; MUJOCO_GL is {os.environ.get('MUJOCO_GL', 'not set')}: {OPENGL}" if renderer else ""
         reason = f"{type(error).__name__}: {error}{about}"
     raise UserError(f"--video: {args.env_id} cannot be drawn here: {reason}")
 
 
 def follow(renderer) -> None:
     """Use the camera that follows a MuJoCo robot, if it has one; Gymnasium 1.4 takes one that stays."""
-    import mujoco  # the environment has it; where MUJOCO_GL names what is not there, the import fails
+    import mujoco  # not before it is drawn: the import fails where MUJOCO_GL names what is not there
 
     camera = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
     renderer.camera_id = camera if camera >= 0 else renderer.camera_id
 
 
-def film(path: Path, play, env: gym.Env) -> str:
-    """Play one episode and write it as a film or strip, whole or not at all; returns what to say of it."""
-    part, fps = path.with_name(f".{path.stem}.part{path.suffix}"), env.metadata.get("render_fps", 30)
-    is_strip = path.suffix == ".png"
+def film(path: Path, play: Callable, env: gym.Env) -> str:
+    """Play one episode and write it, as a film or as eight frames; returns what to say of it."""
+    part, frames = path.with_name(f".{path.stem}.part{path.suffix}"), []
     try:
-        with Strip(part) if is_strip else imageio.get_writer(part, fps=fps, macro_block_size=2) as video:
-            episode = play([Filmed(env, video)])
-        if not is_strip and count_frames_and_secs(part)[0] != episode["lengths"][0]:
-            raise OSError("the file is incomplete")
+        if path.suffix == ".png":
+            episode = play([Filmed(env, lambda frame: frames.append(frame[::3, ::3]))])
+            shown = np.linspace(0, len(frames) - 1, 8).astype(int)
+            imageio.imwrite(part, np.hstack([frames[i] for i in shown]))
+        else:
+            fps = env.metadata.get("render_fps", 30)
+            with imageio.get_writer(part, fps=fps, macro_block_size=2) as video:
+                episode = play([Filmed(env, video.append_data)])
+            if count_frames_and_secs(part)[0] != episode["lengths"][0]:  # as on a full disk
+                raise OSError("the file is incomplete")
         part.replace(path)
-    except OSError as error:  # imageio's, in writing or in counting
+    except OSError as error:
         raise UserError(f"--video: cannot write {path}: {str(error).splitlines()[0]}") from error
     finally:
         part.unlink(missing_ok=True)
@@ -185,17 +175,20 @@ def main(args: Args, words: Sequence[str] = ()) -> dict:
     try:
         agent.load_state_dict(checkpoint["agent"])
     except RuntimeError as error:
-        other, reason = f"with {shlex.join(words)}" if words else "as it is today", str(error).splitlines()[-1]
+        other, reason = (
+            f"with {shlex.join(words)}" if words else "as it is today",
+            str(error).splitlines()[-1],
+        )
         raise UserError(f"{path} does not fit {script.__name__}.py {other}: {reason.strip()}") from error
-    seen = [each["first_seed"] + i for each in checkpoint["results"]["evaluations"] for i in (0, len(each["returns"]) - 1)]
-    fresh = not seen or args.first_seed > max(seen) or last < min(seen)
+    own = [each["first_seed"] + len(each["returns"]) for each in checkpoint["results"]["evaluations"]]
+    fresh = "none" if args.first_seed >= max(own, default=0) else "some"
     print(f"{script.__name__} on {task.name}, seed {run_args.seed}, step {checkpoint['step']:,}: {path}")
-    about = "of which the training evaluated on none" if fresh else "on some of which the training evaluated"
-    print(f"  {device}, {args.episodes} episodes, seeds {args.first_seed} to {last}, {about}")
+    seeds = f"seeds {args.first_seed} to {last}, {fresh} of which the training evaluated on"
+    print(f"  {device}, {args.episodes} episodes, {seeds}")
 
     play = partial(evaluate, script, agent, args.first_seed)
     evaluation = play(envs)
-    returns, reference = np.array(evaluation["returns"]), reference_of(checkpoint, task.name)
+    returns, reference = np.array(evaluation["returns"]), checkpoint["results"]["reference_returns"]
     print(f"return  {describe(returns)}")
     if reference:
         print(f"score   {describe(normalized_score(returns, reference))}")

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.cli import UserError  # noqa: E402
+from common.scores import normalized_score  # noqa: E402
 
 FORMATS = (2, 3)  # of results.json: the recorded runs in docs/results are of the first
 # Where and how a run is made, not what it learns: runs that differ in these alone are the same run.
@@ -100,11 +101,8 @@ def read_run(folder: Path) -> RecordedRun:
         run.data, run.data_score = results["data"], results["data_mean"]
         if isinstance(run.data_score, dict):  # format 2
             run.data_score = run.data_score[run.unit]
-        elif run.unit == "score" and run.data_score is not None:  # on the line through the evaluations
-            x, y = np.array(list(returns.values())), np.array(list(scores.values()))
-            slope = np.ptp(y) / np.ptp(x) if np.ptp(x) > 0 else np.nan
-            score = float(y[0] + slope * (run.data_score - x[0]))
-            run.data_score = score if np.isfinite(score) else None
+        elif run.unit == "score" and run.data_score is not None:
+            run.data_score = normalized_score(run.data_score, results["reference_returns"])
         return run
     except (OSError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
