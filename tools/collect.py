@@ -297,9 +297,7 @@ def main(args: Args) -> None:
     if reference[0] < reference[1]:
         about |= {"ref_min_score": reference[0], "ref_max_score": reference[1]}
     else:
-        print(
-            f"SAC has not learned: expert {reference[1]:.5g}, random {reference[0]:.5g}; so there are no scores"
-        )
+        print(f"no scores: the expert's return, {reference[1]:.5g}, is not above random, {reference[0]:.5g}")
     for kind, each in names.items():
         sentence, episodes = recorded[kind]
         about["description"] = f"{sentence} Made by tools/collect.py with {made_with}."

@@ -1,14 +1,12 @@
-"""From run folders to a table of scores and a picture of learning curves.
+"""From run folders to a table of scores and pictures of learning curves.
 
     python tools/report.py runs/grid --output report
 
-writes report/report.md and report/curves.png; the same runs give the same bytes.
+writes report/report.md, curves.png and selection.png; the same runs give the same bytes.
 """
 
 import json
 import math
-import os
-import sys
 import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -19,22 +17,28 @@ import numpy as np
 import tyro
 
 import toolbox
-from common.tasks import BUNDLED, UserError, table_names, user_path
+from common.cli import DOMAINS, UserError, run_command
+from common.tasks import BUNDLED
 from toolbox import RecordedRun, interval
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_scores.json").read_text())
-VERSIONS = ("git_commit", "torch", "mujoco", "gymnasium", "numpy", "python")
+VERSIONS = ("code", "torch", "mujoco", "gymnasium", "numpy", "python")
 LOCOMOTION = ("halfcheetah-", "hopper-", "walker2d-", "ant-")
+MARKERS = ("", "o", "s", "^", "v", "D", "x")  # tell the groups of one script apart, which share its colour
 ABOUT_SCORES = """
 The normalized score (0 random, 100 expert) by the reference returns of D4RL or of a Minari dataset; the
 return where a task has none.
 
+- *seeds*: how many the row has; an interval of two or three is their range, one has none
 - *last ten*: the mean of the last ten evaluations (RAT), or of all of them if there are fewer, as *averaged*
   says; then the mean over the seeds, with its 95 % bootstrap interval
 - *oracle*: the best evaluation of the training (OMS), chosen by the score itself, so not what one would get
 - *published*: by others, and in brackets how; a task is named there if it is another version of this one
 - *data*: the mean episode of the training data
 - *steps*: of each run; *hours*: of each run, with its evaluations
+
+Every evaluation has the same few starts, on which *oracle* is chosen, too. A score to publish is that of
+`tools/evaluate.py`: 100 episodes on starts that no training evaluated on.
 """
 ABOUT_PUBLISHED = """
 Numbers of others, none measured here. What may be compared:
@@ -52,6 +56,12 @@ task.
 """
 ABOUT_CURVES = """
 Thick: mean over the seeds; shaded: its 95 % bootstrap interval; thin: each seed; dashed: the data's mean.
+
+![Learning curves](curves.png)
+
+The same means as *last ten* (RAT, solid) and *oracle* (OMS, dotted) would have been at each step.
+
+![RAT and OMS](selection.png)
 """
 
 
@@ -60,7 +70,7 @@ class Args:
     """A table of scores and learning curves of all runs in some folders."""
 
     folders: Annotated[list[str], tyro.conf.Positional]  # searched for runs, at any depth
-    output: str = "report"  # folder for report.md and curves.png
+    output: Path = Path("report")  # folder for report.md, curves.png and selection.png
     unfinished: bool = False  # count runs that are not finished, too, as far as they have come
 
 
@@ -82,7 +92,8 @@ class Group:
         """The tasks with which its scores may be averaged; without such tasks, its own task."""
         if self.env_id == BUNDLED or self.settings.get("dataset"):
             return self.task
-        return "locomotion" if self.env_id.startswith(LOCOMOTION) else table_names(self.env_id)[-1]
+        own = "locomotion" if self.env_id.startswith(LOCOMOTION) else self.task
+        return DOMAINS.get(self.env_id.split("-")[0], (own,))[0]
 
     @property
     def given(self) -> set[str]:
@@ -108,13 +119,7 @@ class Group:
 # === Reading ===
 def find_runs(folders: list[str]) -> list[RecordedRun]:
     """All runs, in the order of their folders' names. UserError: there are none, or one cannot be read."""
-    if not folders:
-        raise UserError("name a folder with runs, such as runs")
-    found = set()
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise UserError(f"no such folder: {folder}")
-        found |= {path.parent.resolve() for path in folder.rglob("config.json")}
+    found = {path.parent.resolve() for folder in folders for path in Path(folder).rglob("config.json")}
     if not found:
         raise UserError(f"there is no run in {', '.join(folders)} or below: no config.json")
     return [toolbox.read_run(folder) for folder in sorted(found, key=lambda each: (each.name, str(each)))]
@@ -128,10 +133,8 @@ def flaw(run: RecordedRun, unfinished: bool) -> str | None:
         return f"not finished, at step {run.step:,} of {run.total_steps:,}"
     if not run.evaluations:
         return "not evaluated"
-    values = {f"the {run.unit} of step {step:,}": value for step, value in run.evaluations.items()}
-    values |= {"the data's mean": run.data_score or 0.0, "the time": run.hours}
-    bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-    return bad[0] if bad else None
+    bad = [step for step, value in run.evaluations.items() if not math.isfinite(value)]
+    return f"the {run.unit} of step {bad[0]:,} is {run.evaluations[bad[0]]}" if bad else None
 
 
 def group_runs(runs: list[RecordedRun], unfinished: bool = False) -> tuple[list[Group], list[str]]:
@@ -149,22 +152,11 @@ def group_runs(runs: list[RecordedRun], unfinished: bool = False) -> tuple[list[
         if earlier:
             problems.append(f"{who}: made twice; counted {run.folder.name}, left out {earlier.folder.name}")
         counted[key, seed] = run
-        problems += [f"{who}: {change}" for change in changes_of(run)]
         new = Group(run.script, run.data or env_id, env_id, settings, run.unit, run.data is None)
         groups.setdefault((*key, run.unit), new).runs[seed] = run
     problems += set_apart(list(groups.values()))
     in_order = sorted(groups.values(), key=lambda group: (group.task, group.script, group.label))
-    return in_order, sorted(problems) + uneven_seeds(in_order)
-
-
-def changes_of(run: RecordedRun) -> list[str]:
-    """What to say of each time that the run was resumed with settings that change what it learns."""
-    lines, aside = [], toolbox.WHERE_AND_HOW | {"total_steps"}
-    for step, changes in run.changes:
-        decisive = sorted(changes.keys() - aside)
-        pairs = ", ".join(f"{name} {changes[name][0]} -> {changes[name][1]}" for name in decisive)
-        lines += [f"resumed at step {step:,} with {pairs}"] if pairs else []
-    return lines
+    return in_order, sorted(problems)
 
 
 def set_apart(groups: list[Group]) -> set[str]:
@@ -197,20 +189,6 @@ def label_with(group: Group, names: list[str]) -> str:
     """The script and the values of these settings: edp_td3 (guidance_weight 0.0)"""
     values = ", ".join(f"{name} {group.settings.get(name)}" for name in names)
     return f"{group.script} ({values})" if names else group.script
-
-
-def uneven_seeds(groups: list[Group]) -> list[str]:
-    """A line for each seed that some groups have and others lack; it names those that are fewer."""
-    lines = []
-    for seed in sorted({seed for group in groups for seed in group.runs}):
-        having, lacking = [], []
-        for group in groups:
-            (having if seed in group.runs else lacking).append(f"{group.label} on {group.task}")
-        if len(having) < len(lacking):
-            lines.append(f"seed {seed}: runs count only for {', '.join(having)}")
-        elif lacking:
-            lines.append(f"seed {seed}: no run counts for {', '.join(lacking)}")
-    return lines
 
 
 # === The tables ===
@@ -292,7 +270,7 @@ def domain_rows(groups: list[Group]) -> list[list[str]]:
         tasks = sorted({group.task for group in members})
         for label in sorted({group.label for group in members}) if len(tasks) > 1 else []:
             own = {group.task: group for group in members if group.label == label}
-            row = [domain, label, f"{len(own)} of {len(tasks)}"]
+            row = [domain, label, f"{len(own)} of {len(tasks)}", num_seeds(list(own.values()))]
             if len(own) < len(tasks):
                 rows.append([*row, "incomplete", "-", "-"])
                 continue
@@ -301,6 +279,12 @@ def domain_rows(groups: list[Group]) -> list[list[str]]:
             middle = number(iqm(np.concatenate(samples)), ends=interval(*samples, statistic=iqm))
             rows.append([*row, number(mean), middle, number(np.mean([own[task].best() for task in tasks]))])
     return rows
+
+
+def num_seeds(groups: list[Group]) -> str:
+    """How many seeds each of the groups has: 3, or 2-5."""
+    counts = [len(group.runs) for group in groups]
+    return f"{min(counts)}-{max(counts)}" if len(set(counts)) > 1 else str(counts[0])
 
 
 def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -316,8 +300,11 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
     tasks, scripts = {group.task for group in groups}, {group.script for group in groups}
     counts = f"{len(runs)} runs of {len(scripts)} scripts on {len(tasks)} tasks"
     hours = sum(run.hours for run in runs)
-    found = {name: sorted({str(run.config.get(name, "unknown")) for run in runs}) for name in VERSIONS}
-    versions = "; ".join(f"{name} {', '.join(values)}" for name, values in found.items())
+    old = {"code": "git_commit"}  # its name in runs of format 2
+    found = {
+        name: {str(run.config.get(name, run.config.get(old.get(name)))) for run in runs} for name in VERSIONS
+    }
+    versions = "; ".join(f"{name} {', '.join(sorted(values))}" for name, values in found.items())
     lines = ["# Report", "", f"{counts} in {', '.join(folders)}: {hours:.2g} hours.", ""]
     lines += [f"Versions: {versions}.", "", "## Problems", ""]
     lines += [f"- {problem}" for problem in problems] or ["None: every run counts, no seed is missing."]
@@ -325,9 +312,9 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
     rows = [score_row(group) for group in groups]
     lines += ["", "## Scores", ABOUT_SCORES, *table([*header, "steps", "hours"], rows)]
     if rows := domain_rows(groups):
-        header = ["domain", "algorithm", "tasks", "mean", "IQM", "oracle"]
+        header = ["domain", "algorithm", "tasks", "seeds", "mean", "IQM", "oracle"]
         lines += ["", "## Domains", ABOUT_DOMAINS, *table(header, rows)]
-    lines += ["", "## Learning curves", ABOUT_CURVES, "![Learning curves](curves.png)"]
+    lines += ["", "## Learning curves", ABOUT_CURVES]
     if tables := baselines(groups):
         sources = sorted({f"- {source}" for group in groups for _, source in published(group)})
         lines += ["", "## Published scores", ABOUT_PUBLISHED, *tables]
@@ -336,53 +323,67 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
 
 
 # === The curves ===
-def draw_curves(groups: list[Group]):
-    """A panel for each task; for each script on it, if up to three tasks have over five curves on average."""
+def running(values: np.ndarray, statistic: str) -> np.ndarray:
+    """Of evaluations (steps, seeds): as they are, or what RAT or OMS is after each of them."""
+    if statistic == "OMS":
+        return np.maximum.accumulate(values)
+    if statistic == "RAT":
+        return np.array([values[max(i - 9, 0) : i + 1].mean(0) for i in range(len(values))])
+    return values
+
+
+def draw(groups: list[Group], statistics: dict[str, str]):
+    """A panel for each task; for each script on it, if up to three tasks have over five curves on average.
+
+    Each of the statistics has its line style; evaluations as they are come with seeds and intervals.
+    """
     tasks, labels = sorted({group.task for group in groups}), sorted({group.label for group in groups})
     apart = len(tasks) <= 3 and len(groups) > 5 * len(tasks)
-    scripts = sorted({group.script for group in groups}) if apart else [""]
-    panels = [(script, task) for script in scripts for task in tasks]
-    plt = toolbox.pyplot()
-    palette = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20")
-    colors = {label: palette(i % palette.N) for i, label in enumerate(labels)}
-    side_by_side = apart and len(tasks) > 1  # a column for each task
-    columns = len(tasks) if side_by_side else min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    width = max(6.0, 4.4 * columns)  # inches
-    across = max(1, int(width / (0.6 + 0.08 * max(map(len, labels)))))  # columns of the legend
-    size = (width, (2.4 if side_by_side else 3.2) * rows + 0.2 + 0.2 * math.ceil(len(labels) / across))
-    figure = plt.figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey="col" if side_by_side else apart)
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
-    lines = {}
-    for ax, (script, task) in zip(axes.flat, panels, strict=False):
+    scripts = sorted({group.script for group in groups})
+    panels = [(script, task) for script in (scripts if apart else [""]) for task in tasks]
+    columns = len(tasks) if apart and len(tasks) > 1 else min(3, len(panels))
+    marker = {}  # of a label: the first, second, ... of its script
+    for script in scripts:
+        own = sorted({group.label for group in groups if group.script == script})
+        marker |= {label: MARKERS[i % len(MARKERS)] for i, label in enumerate(own)}
+    width, rows = max(6.0, 4.4 * columns), math.ceil(len(panels) / columns)  # in inches
+    across = max(1, int(width / (0.8 + 0.08 * max(map(len, labels)))))  # columns of the legend
+    size = (width, (2.4 if apart else 3.2) * rows + 0.4 + 0.2 * math.ceil(len(labels) / across))
+    figure = toolbox.pyplot().figure(figsize=size, layout="constrained")
+    lines, first = {}, {}  # by label; by task, with whose panels it shares a scale
+    for i, (script, task) in enumerate(panels):
         members = [group for group in groups if group.task == task and script in ("", group.script)]
-        title = [script] if apart and members else []
-        if not apart or side_by_side and ax.get_subplotspec().is_first_row():
-            title = [*textwrap.wrap(task, 40, break_on_hyphens=False), *title]
-        ax.set_title("\n".join(title), fontsize=10)
         if not members:
-            ax.set_axis_off()
             continue
+        ax = figure.add_subplot(rows, columns, i + 1, sharey=first.get(task))
+        title = textwrap.wrap(task, 40, break_on_hyphens=False) if task not in first or not apart else []
+        ax.set_title("\n".join([*title, script] if script else title), fontsize=10)
+        first.setdefault(task, ax)
         for group in members:
             curves = [group.runs[seed].evaluations for seed in sorted(group.runs)]
             steps = sorted(set.intersection(*map(set, curves)))  # that all seeds have
             values = np.array([[curve[step] for step in steps] for curve in curves]).T  # (steps, seeds)
-            look = {"color": colors[group.label], "marker": "o" if len(steps) == 1 else None}
-            ax.plot(steps, values, linewidth=0.6, alpha=0.5, markersize=3, **look)
-            [lines[group.label]] = ax.plot(steps, values.mean(-1), linewidth=2, **look)
-            if steps and (ends := interval(values)):
-                ax.fill_between(steps, *ends, color=colors[group.label], alpha=0.15, linewidth=0)
+            color = toolbox.COLORS.get(group.script, "gray")
+            point = marker[group.label] or ("." if len(steps) == 1 else "")
+            look = {"color": color, "marker": point, "markersize": 4, "markevery": 1 + len(steps) // 10}
+            for statistic, style in statistics.items():
+                shown = running(values, statistic)
+                [line] = ax.plot(steps, shown.mean(-1), linestyle=style, linewidth=2, **look)
+                lines.setdefault(group.label, line)
+                if statistic == "each" and len(curves) > 1 and steps:
+                    ax.plot(steps, shown, linewidth=0.6, alpha=0.5, color=color)
+                    ax.fill_between(steps, *interval(shown), color=color, alpha=0.15, linewidth=0)
         if members[0].data_score() is not None:
             ax.axhline(members[0].data_score(), color="gray", linestyle="--", linewidth=0.8)
         ax.locator_params(axis="x", nbins=6)
         ax.set(xlabel="steps", ylabel="normalized score" if members[0].unit == "score" else "return")
         ax.grid(alpha=0.3)
-    if apart and not side_by_side:
-        figure.suptitle(tasks[0], fontsize=11)
-    ordered = [lines[label] for label in labels]
-    figure.legend(ordered, labels, loc="outside lower center", ncols=across, fontsize=9)
+    names = [
+        f"{label}, n = {num_seeds([each for each in groups if each.label == label])}" for label in labels
+    ]
+    figure.legend(
+        [lines[each] for each in labels], names, loc="outside lower center", ncols=across, fontsize=9
+    )
     return figure
 
 
@@ -391,23 +392,15 @@ def main(args: Args) -> None:
     if not groups:
         advice = "" if args.unfinished else "\n--unfinished counts runs as far as they have come"
         raise UserError("no run counts:\n  " + "\n  ".join(problems) + advice)
-    picture = toolbox.png(draw_curves(groups), dpi=120)
+    pictures = {"curves": {"each": "-"}, "selection": {"RAT": "-", "OMS": ":"}}
+    for name, statistics in pictures.items():
+        toolbox.write_output(args.output / f"{name}.png", toolbox.png(draw(groups, statistics)))
     text = write_report(groups, problems, args.folders).encode(errors="surrogateescape")
-    output = user_path(args.output)
-    toolbox.write_output(output / "curves.png", picture)
-    toolbox.write_output(output / "report.md", text)
-    for problem in problems:
-        print(f"  {problem}")
-    print(f"{len(problems)} problems; {output / 'report.md'} and {output / 'curves.png'} are written")
+    toolbox.write_output(args.output / "report.md", text)
+    print(
+        "\n".join([*problems, f"{len(problems)} problems; report.md and two pictures are in {args.output}"])
+    )
 
 
-if __name__ == "__main__":  # without common.runs.run_command(), which loads PyTorch
-    if sys.stdout:  # else it was closed by the shell
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        main(tyro.cli(Args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # nobody reads the output; the report is written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+if __name__ == "__main__":
+    run_command(main, Args)
