@@ -10,6 +10,7 @@ import math
 import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -27,39 +28,31 @@ LOCOMOTION = ("halfcheetah-", "hopper-", "walker2d-", "ant-")
 MARKERS = ("", "o", "s", "^", "v", "D", "x")  # tell the groups of one script apart, which share its colour
 ABOUT_SCORES = """
 The normalized score (0 random, 100 expert) by the reference returns of D4RL or of a Minari dataset; the
-return where a task has none.
+return where a task has none. In brackets 95 % bootstrap intervals over the seeds; of two or three seeds that
+is their range.
 
-- *seeds*: how many the row has; an interval of two or three is their range, one has none
-- *last ten*: the mean of the last ten evaluations (RAT), or of all of them if there are fewer, as *averaged*
-  says; then the mean over the seeds, with its 95 % bootstrap interval
+- *last ten*: mean of the last ten evaluations (RAT), or of all if there are fewer, as *averaged* says
 - *oracle*: the best evaluation of the training (OMS), chosen by the score itself, so not what one would get
 - *published*: by others, and in brackets how; a task is named there if it is another version of this one
-- *data*: the mean episode of the training data
-- *steps*: of each run; *hours*: of each run, with its evaluations
+- *data*: the mean episode of the training data; *steps* and *hours*: of each run, with its evaluations
 
-Every evaluation has the same few starts, on which *oracle* is chosen, too. A score to publish is that of
-`tools/evaluate.py`: 100 episodes on starts that no training evaluated on.
+All evaluations have the same few starts, by which *oracle* is chosen, too. A score to publish is that of
+`tools/evaluate.py`, on starts that no training evaluated on.
 """
 ABOUT_PUBLISHED = """
-Numbers of others, none measured here. What may be compared:
-
-- scores on the same version of a task; another version has other data, or is another environment;
-- *RAT* with *last ten*, *OMS* with *oracle*, *final* with the end of a curve, and only where steps,
-  evaluations and episodes are the same; *offline selection* and *evaluation not stated* with none of them.
-
-Other methods on these tasks:
+Numbers of others, none measured here. Compare them only on the same version of a task, with the same steps,
+evaluations and episodes: *RAT* with *last ten*, *OMS* with *oracle*, *final* with the end of a curve.
 """
 ABOUT_DOMAINS = """
 Averages of the last ten over tasks, for algorithms with runs on all tasks of a domain that are here. *IQM* is
-the interquartile mean over tasks x seeds, with a 95 % bootstrap interval that draws the seeds within each
-task.
+the interquartile mean over tasks x seeds; its interval draws the seeds within each task.
 """
 ABOUT_CURVES = """
 Thick: mean over the seeds; shaded: its 95 % bootstrap interval; thin: each seed; dashed: the data's mean.
 
 ![Learning curves](curves.png)
 
-The same means as *last ten* (RAT, solid) and *oracle* (OMS, dotted) would have been at each step.
+What *last ten* (RAT, solid) and *oracle* (OMS, dotted) would have been after each evaluation:
 
 ![RAT and OMS](selection.png)
 """
@@ -78,28 +71,27 @@ class Args:
 class Group:
     """The runs that differ in the seed alone."""
 
-    script: str
-    task: str  # env_id, and the dataset if it is another than the task's own
-    env_id: str
-    settings: dict  # the runs' arguments, but for seed, env_id and what does not count
-    unit: str  # score or return
-    online: bool  # whether it learned from what it did itself
+    settings: dict  # their arguments, but for the seed and those that change nothing
     runs: dict[int, RecordedRun] = field(default_factory=dict)  # by seed
     label: str = ""  # the script, and those of its settings in which its groups differ
 
     @property
-    def domain(self) -> str:
-        """The tasks with which its scores may be averaged; without such tasks, its own task."""
-        if self.env_id == BUNDLED or self.settings.get("dataset"):
-            return self.task
-        own = "locomotion" if self.env_id.startswith(LOCOMOTION) else self.task
-        return DOMAINS.get(self.env_id.split("-")[0], (own,))[0]
+    def one(self) -> RecordedRun:
+        """Any of its runs, which have script, task, unit and data in common."""
+        return next(iter(self.runs.values()))
 
     @property
-    def given(self) -> set[str]:
-        """Names of the settings that are neither defaults nor in the task's row."""
-        first = next(iter(self.runs.values()))
-        return {name for name, source in first.sources.items() if source == "given"}
+    def task(self) -> str:
+        """The env_id, and the dataset if it is another than the task's own."""
+        return self.one.data or self.one.args["env_id"]
+
+    @property
+    def domain(self) -> str:
+        """The tasks with which its scores may be averaged; without such tasks, its own task."""
+        if self.one.args["env_id"] == BUNDLED or self.settings.get("dataset"):
+            return self.task
+        own = "locomotion" if self.task.startswith(LOCOMOTION) else self.task
+        return DOMAINS.get(self.task.split("-")[0], (own,))[0]
 
     def last_ten(self) -> np.ndarray:
         """The mean of each seed's last ten evaluations, (seeds,)."""
@@ -109,11 +101,6 @@ class Group:
     def best(self) -> float:
         """The best evaluation, mean over the seeds."""
         return float(np.mean([max(run.evaluations.values()) for run in self.runs.values()]))
-
-    def data_score(self) -> float | None:
-        """The mean episode of the data; None: unknown."""
-        scores = [run.data_score for run in self.runs.values()]
-        return None if None in scores else float(np.mean(scores))
 
 
 # === Reading ===
@@ -139,24 +126,23 @@ def flaw(run: RecordedRun, unfinished: bool) -> str | None:
 
 def group_runs(runs: list[RecordedRun], unfinished: bool = False) -> tuple[list[Group], list[str]]:
     """The runs that count in groups, by task and label; and a line for all that needs a remark."""
-    groups, counted, problems, aside = {}, {}, [], toolbox.WHERE_AND_HOW | {"seed", "env_id"}
+    groups, problems, aside = {}, set(), toolbox.WHERE_AND_HOW | {"seed"}
     for run in sorted(runs, key=lambda run: run.evaluations is None):  # those without results last
-        env_id, seed = run.args["env_id"], run.args["seed"]
         settings = {name: value for name, value in run.args.items() if name not in aside}
-        key = env_id, run.script, json.dumps(settings, sort_keys=True)
-        earlier, who = counted.get((key, seed)), f"{run.script} on {env_id}, seed {seed}"
+        key, seed = (run.script, json.dumps(settings, sort_keys=True), run.unit), run.args["seed"]
+        earlier = groups[key].runs.get(seed) if key in groups else None
+        who = f"{run.script} on {run.args['env_id']}, seed {seed}"
         if reason := flaw(run, unfinished):
             if run.evaluations is not None or not earlier:  # else it was killed early, and begun again
-                problems.append(f"{who}: {reason}; left out ({run.folder.name})")
+                problems.add(f"{who}: {reason}; left out ({run.folder.name})")
             continue
         if earlier:
-            problems.append(f"{who}: made twice; counted {run.folder.name}, left out {earlier.folder.name}")
-        counted[key, seed] = run
-        new = Group(run.script, run.data or env_id, env_id, settings, run.unit, run.data is None)
-        groups.setdefault((*key, run.unit), new).runs[seed] = run
-    problems += set_apart(list(groups.values()))
-    in_order = sorted(groups.values(), key=lambda group: (group.task, group.script, group.label))
-    return in_order, sorted(problems)
+            problems.add(f"{who}: made twice; counted {run.folder.name}, left out {earlier.folder.name}")
+        groups.setdefault(key, Group(settings)).runs[seed] = run
+    problems |= set_apart(list(groups.values()))
+    return sorted(groups.values(), key=lambda group: (group.task, group.one.script, group.label)), sorted(
+        problems
+    )
 
 
 def set_apart(groups: list[Group]) -> set[str]:
@@ -165,30 +151,23 @@ def set_apart(groups: list[Group]) -> set[str]:
     The label names what the user chose, on every task if the script's groups differ in it on one; the steps
     and the evaluations have columns of their own.
     """
-    kinds, differing, aside = defaultdict(list), {}, {"total_steps", "eval_every"}
+    differing, aside = defaultdict(set), {"total_steps", "eval_every"}
+    for group, other in combinations(groups, 2):
+        if (group.one.script, group.task) == (other.one.script, other.task):
+            names = group.settings.keys() | other.settings.keys()
+            names = {name for name in names if group.settings.get(name) != other.settings.get(name)}
+            differing[group.one.script, group.task] |= names
     for group in groups:
-        kinds[group.script, group.task].append(group)
-    for kind, same in kinds.items():
-        names = sorted(set().union(*(group.settings for group in same)))
-        differing[kind] = [n for n in names if len({str(group.settings.get(n)) for group in same}) > 1]
-    for (script, task), same in kinds.items():
-        of_script = {name for kind, names in differing.items() if kind[0] == script for name in names}
-        labels = [label_with(group, sorted(of_script & group.given - aside)) for group in same]
-        if len(set(labels)) < len(same):  # the row of the task has changed, or the steps alone differ
-            labels = [label_with(group, differing[script, task]) for group in same]
-        for group, text in zip(same, labels, strict=True):
-            group.label = text
+        names = set().union(
+            *(names for (script, _), names in differing.items() if script == group.one.script)
+        )
+        names = sorted(name for name in names - aside if group.one.sources.get(name) == "given")
+        values = ", ".join(f"{name} {group.settings.get(name)}" for name in names)
+        group.label = f"{group.one.script} ({values})" if values else group.one.script
     return {
-        f"{script} on {task}: runs with different {', '.join(names)}, in rows of their own"
+        f"{script} on {task}: runs with different {', '.join(sorted(names))}, in rows of their own"
         for (script, task), names in differing.items()
-        if names
     }
-
-
-def label_with(group: Group, names: list[str]) -> str:
-    """The script and the values of these settings: edp_td3 (guidance_weight 0.0)"""
-    values = ", ".join(f"{name} {group.settings.get(name)}" for name in names)
-    return f"{group.script} ({values})" if names else group.script
 
 
 # === The tables ===
@@ -205,9 +184,10 @@ def is_of(task: str, group: Group) -> bool:
 
     Not where the data is not the task's own, and not in Gymnasium's -v5, which are other environments.
     """
-    if group.settings.get("dataset") or group.env_id.endswith("-v5"):
+    env_id = group.one.args["env_id"]
+    if group.settings.get("dataset") or env_id.endswith("-v5"):
         return False
-    return task.rpartition("-v")[0] == group.env_id.rpartition("-v")[0]
+    return task.rpartition("-v")[0] == env_id.rpartition("-v")[0]
 
 
 def published(group: Group) -> list[tuple[str, str]]:
@@ -218,8 +198,8 @@ def published(group: Group) -> list[tuple[str, str]]:
     found = []
     for each in PUBLISHED["tables"]:
         for task, score in each["scores"].items():
-            if each["algorithm"] == group.script and is_of(task, group):
-                where = "" if task == group.env_id else f", {task}"
+            if each["algorithm"] == group.one.script and is_of(task, group):
+                where = "" if task == group.task else f", {task}"
                 found.append((f"{score:g} ({each['metric']}{where})", each["source"]))
     return found
 
@@ -243,7 +223,7 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def score_row(group: Group) -> list[str]:
     """The row of one algorithm on one task."""
-    last_ten, unit = group.last_ten(), group.unit
+    last_ten, unit = group.last_ten(), group.one.unit
     run = min(group.runs.values(), key=lambda run: run.step)
     steps = f"{run.step:,}" if run.finished else f"{run.step:,} of {run.total_steps:,}"
     return [
@@ -254,7 +234,7 @@ def score_row(group: Group) -> list[str]:
         str(min(10, len(run.evaluations))),
         number(group.best(), unit),
         "; ".join(text for text, _ in published(group)) or "-",
-        number(group.data_score(), unit),
+        number(group.one.data_score, unit),
         steps,
         f"{np.mean([run.hours for run in group.runs.values()]):.2g}",
     ]
@@ -264,7 +244,7 @@ def domain_rows(groups: list[Group]) -> list[list[str]]:
     """The averages over the tasks of a domain; only of scores of training on recorded data."""
     domains, rows = defaultdict(list), []
     for group in groups:
-        if group.unit == "score" and not group.online:
+        if group.one.unit == "score" and group.one.data:
             domains[group.domain].append(group)
     for domain, members in domains.items():
         tasks = sorted({group.task for group in members})
@@ -297,7 +277,7 @@ def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
 def write_report(groups: list[Group], problems: list[str], folders: list[str]) -> str:
     """The text of report.md."""
     runs = [run for group in groups for run in group.runs.values()]
-    tasks, scripts = {group.task for group in groups}, {group.script for group in groups}
+    tasks, scripts = {group.task for group in groups}, {group.one.script for group in groups}
     counts = f"{len(runs)} runs of {len(scripts)} scripts on {len(tasks)} tasks"
     hours = sum(run.hours for run in runs)
     old = {"code": "git_commit"}  # its name in runs of format 2
@@ -339,12 +319,12 @@ def draw(groups: list[Group], statistics: dict[str, str]):
     """
     tasks, labels = sorted({group.task for group in groups}), sorted({group.label for group in groups})
     apart = len(tasks) <= 3 and len(groups) > 5 * len(tasks)
-    scripts = sorted({group.script for group in groups})
+    scripts = sorted({group.one.script for group in groups})
     panels = [(script, task) for script in (scripts if apart else [""]) for task in tasks]
     columns = len(tasks) if apart and len(tasks) > 1 else min(3, len(panels))
     marker = {}  # of a label: the first, second, ... of its script
     for script in scripts:
-        own = sorted({group.label for group in groups if group.script == script})
+        own = sorted({group.label for group in groups if group.one.script == script})
         marker |= {label: MARKERS[i % len(MARKERS)] for i, label in enumerate(own)}
     width, rows = max(6.0, 4.4 * columns), math.ceil(len(panels) / columns)  # in inches
     across = max(1, int(width / (0.8 + 0.08 * max(map(len, labels)))))  # columns of the legend
@@ -352,7 +332,7 @@ def draw(groups: list[Group], statistics: dict[str, str]):
     figure = toolbox.pyplot().figure(figsize=size, layout="constrained")
     lines, first = {}, {}  # by label; by task, with whose panels it shares a scale
     for i, (script, task) in enumerate(panels):
-        members = [group for group in groups if group.task == task and script in ("", group.script)]
+        members = [group for group in groups if group.task == task and script in ("", group.one.script)]
         if not members:
             continue
         ax = figure.add_subplot(rows, columns, i + 1, sharey=first.get(task))
@@ -363,7 +343,7 @@ def draw(groups: list[Group], statistics: dict[str, str]):
             curves = [group.runs[seed].evaluations for seed in sorted(group.runs)]
             steps = sorted(set.intersection(*map(set, curves)))  # that all seeds have
             values = np.array([[curve[step] for step in steps] for curve in curves]).T  # (steps, seeds)
-            color = toolbox.COLORS.get(group.script, "gray")
+            color = toolbox.COLORS.get(group.one.script, "gray")
             point = marker[group.label] or ("." if len(steps) == 1 else "")
             look = {"color": color, "marker": point, "markersize": 4, "markevery": 1 + len(steps) // 10}
             for statistic, style in statistics.items():
@@ -373,10 +353,10 @@ def draw(groups: list[Group], statistics: dict[str, str]):
                 if statistic == "each" and len(curves) > 1 and steps:
                     ax.plot(steps, shown, linewidth=0.6, alpha=0.5, color=color)
                     ax.fill_between(steps, *interval(shown), color=color, alpha=0.15, linewidth=0)
-        if members[0].data_score() is not None:
-            ax.axhline(members[0].data_score(), color="gray", linestyle="--", linewidth=0.8)
+        if members[0].one.data_score is not None:
+            ax.axhline(members[0].one.data_score, color="gray", linestyle="--", linewidth=0.8)
         ax.locator_params(axis="x", nbins=6)
-        ax.set(xlabel="steps", ylabel="normalized score" if members[0].unit == "score" else "return")
+        ax.set(xlabel="steps", ylabel="normalized score" if members[0].one.unit == "score" else "return")
         ax.grid(alpha=0.3)
     names = [
         f"{label}, n = {num_seeds([each for each in groups if each.label == label])}" for label in labels
