@@ -190,6 +190,7 @@ class Run:
             if self.results[name] != new[name]:
                 raise UserError(f"{path} is of {name} {self.results[name]}, not {new[name]}: start a new run")
         if self.step >= self.args.total_steps and not self.evaluation_due():
+            write_atomically(self.folder / "results.json", self.results)  # if a crash has kept it back
             raise UserError(f"{path} is finished, at step {self.step:,}; larger --total-steps add more")
         old = saved["args"] | {"resume": self.args.resume}
         changed = {name: value for name, value in asdict(self.args).items() if value != old[name]}
