@@ -18,14 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from timeit import Timer
 from types import ModuleType
 from typing import Annotated
 
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
-import torch
 import tyro
 from imageio_ffmpeg import count_frames_and_secs
 from torch import nn
@@ -38,7 +36,6 @@ from common.runs import load_checkpoint
 from common.scores import normalized_score
 from common.tasks import find_task
 
-MOST_EPISODES = 10_000
 OPENGL = "without a screen it takes libegl1 and libgl1-mesa-dri (Debian), or libosmesa6 and MUJOCO_GL=osmesa"
 
 
@@ -56,31 +53,11 @@ class Args:
     video: Path | None = None  # write a film of one more episode to this file, .mp4 or (eight frames) .png
 
 
-def run_arguments(checkpoint: dict, path: Path, words: Sequence[str]) -> tuple[ModuleType, object]:
-    """The script that wrote a checkpoint, and its arguments; words of a command line replace some of them."""
-    script = toolbox.load_script(checkpoint["results"]["script"])
-    try:
-        args = script.Args(**checkpoint["args"])
-    except TypeError as error:
-        raise UserError(f"{path} does not fit {script.__name__}.py as it is today: {error}") from error
-    if words:
-        args = tyro.cli(script.Args, args=words, default=args, prog=f"{script.__name__}.py")
-    check_bounds(args)
-    return script, args
-
-
 def describe(values: np.ndarray) -> str:
     """Mean and standard deviation, with the interval of the mean where there are several."""
     ends = toolbox.interval(values)
     spread = f"{values.mean():.5g} +- {values.std():.4g}"
     return f"{spread}, 95 % interval of the mean {ends[0]:.5g} to {ends[1]:.5g}" if ends else spread
-
-
-def act_milliseconds(agent: nn.Module, obs_dim: int, batch: int) -> float:
-    """How long act() takes for so many states, from and to the host."""
-    obs = torch.zeros(batch, obs_dim)
-    count, seconds = Timer(lambda: agent.act(obs.to(agent.device)).cpu()).autorange()
-    return 1000 * seconds / count
 
 
 # === Video ===
@@ -99,7 +76,7 @@ class Filmed(gym.Wrapper):
 def make_rendered_env(args) -> gym.Env:
     """An environment that draws itself, without a screen where there is none. UserError: it cannot."""
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
-        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or "egl"
     env, about = make_env(find_task(args.env_id), args, render_mode="rgb_array"), ""
     try:
         if renderer := getattr(env.unwrapped, "mujoco_renderer", None):
@@ -155,16 +132,22 @@ def evaluate(script: ModuleType, agent: nn.Module, first_seed: int, envs: list[g
 
 
 def main(args: Args, words: Sequence[str] = ()) -> dict:
-    """Score, time and film a policy that acts as words ask for; returns the script's evaluation."""
+    """Score and film a policy that acts as words ask for; returns the script's evaluation."""
     video, path, last = args.video, args.checkpoint, args.first_seed + args.episodes - 1
     if video and (video.suffix not in (".mp4", ".png") or not os.access(video.parent, os.W_OK)):
         raise UserError(f"--video {video} is not a .mp4 or .png file in a folder that can be written")
-    if args.episodes > MOST_EPISODES:
-        raise UserError(f"--episodes is {args.episodes}; side by side there can be {MOST_EPISODES}")
     if args.best:
         path = (path if path.is_dir() else path.parent) / "best.pt"
     checkpoint = load_checkpoint(path)
-    script, run_args = run_arguments(checkpoint, path, words)
+    script = toolbox.load_script(checkpoint["results"]["script"])
+    misfit = f"{path} does not fit {script.__name__}.py {shlex.join(words) or 'as it is today'}"
+    try:
+        run_args = script.Args(**checkpoint["args"])
+    except TypeError as error:
+        raise UserError(f"{misfit}: {error}") from error
+    if words:
+        run_args = tyro.cli(script.Args, args=words, default=run_args, prog=f"{script.__name__}.py")
+    check_bounds(run_args)
     run_args = replace(run_args, env_kwargs=(*run_args.env_kwargs, *args.env_kwargs))
     task = find_task(run_args.env_id)
     rendered = make_rendered_env(run_args) if video else None  # the first: whether it draws is settled once
@@ -175,11 +158,7 @@ def main(args: Args, words: Sequence[str] = ()) -> dict:
     try:
         agent.load_state_dict(checkpoint["agent"])
     except RuntimeError as error:
-        other, reason = (
-            f"with {shlex.join(words)}" if words else "as it is today",
-            str(error).splitlines()[-1],
-        )
-        raise UserError(f"{path} does not fit {script.__name__}.py {other}: {reason.strip()}") from error
+        raise UserError(f"{misfit}: {str(error).splitlines()[-1].strip()}") from error
     own = [each["first_seed"] + len(each["returns"]) for each in checkpoint["results"]["evaluations"]]
     fresh = "none" if args.first_seed >= max(own, default=0) else "some"
     print(f"{script.__name__} on {task.name}, seed {run_args.seed}, step {checkpoint['step']:,}: {path}")
@@ -195,8 +174,6 @@ def main(args: Args, words: Sequence[str] = ()) -> dict:
     else:
         print(f"score   unknown: no reference returns are known for {task.name}")
     print(f"length  {np.mean(evaluation['lengths']):.5g} steps per episode")
-    single, batch = (act_milliseconds(agent, sizes[0], size) for size in (1, args.episodes))
-    print(f"act()   {single:.3g} ms for one state, {batch:.3g} ms for {args.episodes} at once")
     if video:
         print(f"video   {film(video, play, rendered)}")
     return evaluation
