@@ -8,7 +8,7 @@ import speed
 from runs import finish, python
 
 import toolbox
-from common.tasks import UserError
+from common.cli import UserError
 
 TINY = "--hidden-dims 8 8 --batch-size 4 --num-qs 2 --diffusion-steps"
 

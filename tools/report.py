@@ -130,7 +130,8 @@ def group_runs(runs: list[RecordedRun], unfinished: bool = False) -> tuple[list[
     for run in sorted(runs, key=lambda run: run.evaluations is None):  # those without results last
         settings = {name: value for name, value in run.args.items() if name not in aside}
         key, seed = (run.script, json.dumps(settings, sort_keys=True), run.unit), run.args["seed"]
-        earlier = groups[key].runs.get(seed) if key in groups else None
+        alike = [group.runs for other, group in groups.items() if other[:2] == key[:2]]
+        earlier = next((runs[seed] for runs in alike if seed in runs), None)
         who = f"{run.script} on {run.args['env_id']}, seed {seed}"
         if reason := flaw(run, unfinished):
             if run.evaluations is not None or not earlier:  # else it was killed early, and begun again
