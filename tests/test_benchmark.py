@@ -340,7 +340,7 @@ def test_command(tmp_path, capsys):
         ({"scripts": ["dacc"]}, [], "there is no script 'dacc'; nearest names: dac"),
         ({"env_ids": ["bandit-mons-v0"]}, [], "unknown task .* nearest names: bandit-moons-v0"),
         ({"env_ids": []}, [], "nothing to run: name --scripts, and tasks by --env-ids or --tasks"),
-        ({"gpus_per_run": 1.0, "workers": 999}, [], "999 runs at a time do not fit on 0 GPUs; give fewer"),
+        ({"gpus_per_run": 1.0, "workers": 999}, [], "0 GPUs here have room for 0 runs"),
         ({"env_ids": ["Hopper-v4"]}, [], "dac cannot be trained on Hopper-v4: .* no transitions of its own"),
         ({"env_ids": ["maze2d-umaze-v1"]}, [], "trained on maze2d-umaze-v1: "),
         ({}, ["--dataset", "none.hdf5"], "dac cannot be trained on .* there is no file none.hdf5"),

@@ -40,7 +40,6 @@ from common.envs import make_envs
 from common.tasks import find_task
 
 PASSED_ON = ["D4RL_DATASET_DIR", "D4RL_MIRROR", "MINARI_DATASETS_PATH", "MUJOCO_GL"]  # to other machines
-TaskSet = Literal["d4rl", "d4rl-gym", "d4rl-antmaze", "d4rl-adroit", "d4rl-kitchen", "mujoco-online"]
 ROBOTS, RECORDINGS = ("halfcheetah", "hopper", "walker2d"), ("medium", "medium-replay", "medium-expert")
 MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
 TASK_SETS = {  # the tasks of the papers' tables
@@ -51,6 +50,7 @@ TASK_SETS = {  # the tasks of the papers' tables
 }
 TASK_SETS["d4rl"] = [task for tasks in TASK_SETS.values() for task in tasks]
 TASK_SETS["mujoco-online"] = ["Hopper-v4", "Walker2d-v4", "Ant-v4", "HalfCheetah-v4", "Humanoid-v4"]
+TaskSet = Literal[tuple(TASK_SETS)]
 
 
 @dataclass
@@ -228,12 +228,13 @@ def this_machine(args: Args) -> tuple[Callable[..., Future], Callable, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    room = args.workers or max(cores // args.cpus_per_run, 1)
-    if args.gpus_per_run and not args.workers:
-        room = min(room, int(1 / args.gpus_per_run) * len(gpus))
-    if args.gpus_per_run and not 0 < room <= int(1 / args.gpus_per_run) * len(gpus):
-        there = f"{room or 1} runs at a time do not fit on {len(gpus)} GPUs"
-        raise UserError(f"--gpus-per-run {args.gpus_per_run:g}: {there}; give fewer --workers")
+    room = fitting = max(cores // args.cpus_per_run, 1)
+    if args.gpus_per_run:
+        room = int(1 / args.gpus_per_run) * len(gpus)
+        if room < (args.workers or 1):
+            found = f"{len(gpus)} GPUs here have room for {room} runs at a time"
+            raise UserError(f"--gpus-per-run {args.gpus_per_run:g}: {found}; give fewer --workers")
+    room = args.workers or min(room, fitting)
     threads, free = ThreadPoolExecutor(room), queue.SimpleQueue()
     for i in range(room):
         free.put(gpus[i % len(gpus)] if args.gpus_per_run else "")

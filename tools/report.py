@@ -205,18 +205,6 @@ def published(group: Group) -> list[tuple[str, str]]:
     return found
 
 
-def baselines(groups: list[Group]) -> list[str]:
-    """Tables of the published scores of other methods on the tasks of these groups, each with its source."""
-    lines = []
-    for each in PUBLISHED["baselines"]:
-        known = [task for task in each["scores"] if any(is_of(task, group) for group in groups)]
-        rows = [[task, *map(number, each["scores"][task])] for task in known]
-        if rows:
-            source = f"{each['source']}; {each['metric']}."
-            lines += [*table(["task", *each["methods"]], rows), "", source, ""]
-    return lines
-
-
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
     """The lines of a Markdown table."""
     return ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
@@ -251,10 +239,9 @@ def domain_rows(groups: list[Group]) -> list[list[str]]:
         tasks = sorted({group.task for group in members})
         for label in sorted({group.label for group in members}) if len(tasks) > 1 else []:
             own = {group.task: group for group in members if group.label == label}
-            row = [domain, label, f"{len(own)} of {len(tasks)}", num_seeds(list(own.values()))]
             if len(own) < len(tasks):
-                rows.append([*row, "incomplete", "-", "-"])
                 continue
+            row = [domain, label, str(len(tasks)), num_seeds(list(own.values()))]
             samples = [own[task].last_ten() for task in tasks]
             mean = np.mean([sample.mean() for sample in samples])  # each task counts once
             middle = number(iqm(np.concatenate(samples)), ends=interval(*samples, statistic=iqm))
@@ -281,11 +268,9 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
     tasks, scripts = {group.task for group in groups}, {group.one.script for group in groups}
     counts = f"{len(runs)} runs of {len(scripts)} scripts on {len(tasks)} tasks"
     hours = sum(run.hours for run in runs)
-    old = {"code": "git_commit"}  # its name in runs of format 2
-    found = {
-        name: {str(run.config.get(name, run.config.get(old.get(name)))) for run in runs} for name in VERSIONS
-    }
-    versions = "; ".join(f"{name} {', '.join(sorted(values))}" for name, values in found.items())
+    configs = [{"code": run.config.get("git_commit")} | run.config for run in runs]  # of format 2, of 3
+    found = {name: sorted({str(config.get(name)) for config in configs}) for name in VERSIONS}
+    versions = "; ".join(f"{name} {', '.join(values)}" for name, values in found.items())
     lines = ["# Report", "", f"{counts} in {', '.join(folders)}: {hours:.2g} hours.", ""]
     lines += [f"Versions: {versions}.", "", "## Problems", ""]
     lines += [f"- {problem}" for problem in problems] or ["None: every run counts, no seed is missing."]
@@ -296,10 +281,8 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
         header = ["domain", "algorithm", "tasks", "seeds", "mean", "IQM", "oracle"]
         lines += ["", "## Domains", ABOUT_DOMAINS, *table(header, rows)]
     lines += ["", "## Learning curves", ABOUT_CURVES]
-    if tables := baselines(groups):
-        sources = sorted({f"- {source}" for group in groups for _, source in published(group)})
-        lines += ["", "## Published scores", ABOUT_PUBLISHED, *tables]
-        lines += ["Sources of the column *published*:", "", *(sources or ["- none"])]
+    if sources := sorted({f"- {source}" for group in groups for _, source in published(group)}):
+        lines += ["## Published scores", ABOUT_PUBLISHED, *sources]
     return "\n".join(lines) + "\n"
 
 
@@ -314,39 +297,28 @@ def running(values: np.ndarray, statistic: str) -> np.ndarray:
 
 
 def draw(groups: list[Group], statistics: dict[str, str]):
-    """A panel for each task; for each script on it, if up to three tasks have over five curves on average.
+    """A panel for each task; each of the statistics has its line style, each script its colour.
 
-    Each of the statistics has its line style; evaluations as they are come with seeds and intervals.
+    Evaluations as they are come with seeds and intervals.
     """
     tasks, labels = sorted({group.task for group in groups}), sorted({group.label for group in groups})
-    apart = len(tasks) <= 3 and len(groups) > 5 * len(tasks)
-    scripts = sorted({group.one.script for group in groups})
-    panels = [(script, task) for script in (scripts if apart else [""]) for task in tasks]
-    columns = len(tasks) if apart and len(tasks) > 1 else min(3, len(panels))
-    marker = {}  # of a label: the first, second, ... of its script
-    for script in scripts:
-        own = sorted({group.label for group in groups if group.one.script == script})
-        marker |= {label: MARKERS[i % len(MARKERS)] for i, label in enumerate(own)}
-    width, rows = max(6.0, 4.4 * columns), math.ceil(len(panels) / columns)  # in inches
-    across = max(1, int(width / (0.8 + 0.08 * max(map(len, labels)))))  # columns of the legend
-    size = (width, (2.4 if apart else 3.2) * rows + 0.4 + 0.2 * math.ceil(len(labels) / across))
-    figure = toolbox.pyplot().figure(figsize=size, layout="constrained")
-    lines, first = {}, {}  # by label; by task, with whose panels it shares a scale
-    for i, (script, task) in enumerate(panels):
-        members = [group for group in groups if group.task == task and script in ("", group.one.script)]
-        if not members:
-            continue
-        ax = figure.add_subplot(rows, columns, i + 1, sharey=first.get(task))
-        title = textwrap.wrap(task, 40, break_on_hyphens=False) if task not in first or not apart else []
-        ax.set_title("\n".join([*title, script] if script else title), fontsize=10)
-        first.setdefault(task, ax)
+    columns = min(3, len(tasks))
+    width, rows = max(6.0, 4.4 * columns), math.ceil(len(tasks) / columns)  # in inches
+    across = max(1, int(width / (0.9 + 0.08 * max(map(len, labels)))))  # columns of the legend
+    size = (width, 3.2 * rows + 0.4 + 0.2 * math.ceil(len(labels) / across))
+    figure, lines = toolbox.pyplot().figure(figsize=size, layout="constrained"), {}
+    for i, task in enumerate(tasks):
+        members = [group for group in groups if group.task == task]
+        ax = figure.add_subplot(rows, columns, i + 1)
+        ax.set_title("\n".join(textwrap.wrap(task, 40, break_on_hyphens=False)), fontsize=10)
         for group in members:
             curves = [group.runs[seed].evaluations for seed in sorted(group.runs)]
             steps = sorted(set.intersection(*map(set, curves)))  # that all seeds have
             values = np.array([[curve[step] for step in steps] for curve in curves]).T  # (steps, seeds)
             color = toolbox.COLORS.get(group.one.script, "gray")
-            point = marker[group.label] or ("." if len(steps) == 1 else "")
-            look = {"color": color, "marker": point, "markersize": 4, "markevery": 1 + len(steps) // 10}
+            variants = sorted({each.label for each in groups if each.one.script == group.one.script})
+            marker = MARKERS[variants.index(group.label) % len(MARKERS)] or ("." if len(steps) == 1 else "")
+            look = {"color": color, "marker": marker, "markersize": 4, "markevery": 1 + len(steps) // 10}
             for statistic, style in statistics.items():
                 shown = running(values, statistic)
                 [line] = ax.plot(steps, shown.mean(-1), linestyle=style, linewidth=2, **look)

@@ -98,24 +98,17 @@ def prepare(command: str, args: Args) -> tuple[Callable, Callable]:
 
 def start(command: str, args: Args) -> subprocess.Popen:
     """The process of one script, of this checkout or, if the script is a path, of the one it lies in."""
-    try:
-        script, *words = shlex.split(command)
-    except ValueError:
-        raise UserError(f"{command!r} is no script with its arguments") from None
-    path = Path(os.path.expanduser(script))
+    script, *words = shlex.split(command) or [""]
+    path = Path(script).expanduser()
     root = toolbox.ROOT if path.name == script else path.resolve().parent
     if not (root / "tools" / "speed.py").exists():
         raise UserError(f"{root} has no tools/speed.py: it is no checkout of this project")
     words = [shlex.join([path.name, *words]), args.seconds, args.obs_dim, args.action_dim, args.transitions]
-    threads = {"OMP_NUM_THREADS": str(args.num_threads), "OMP_WAIT_POLICY": "passive"}
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", WORKER, *map(str, words)],
-        env=os.environ | threads | {"PYTHONPATH": f"{root / 'tools'}:{root}"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # a Ctrl-C in the terminal does not reach it
-    )
+    environment = {"OMP_NUM_THREADS": str(args.num_threads), "OMP_WAIT_POLICY": "passive"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root / "tools"), str(root)])
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-P", "-c", WORKER, *map(str, words)]
+    return subprocess.Popen(command, env=os.environ | environment, **streams)
 
 
 def rate(process: subprocess.Popen, which: int) -> float:
@@ -129,8 +122,6 @@ def rate(process: subprocess.Popen, which: int) -> float:
 
 def measure(args: Args) -> list[list[list[float]]]:
     """[round][script][0 for training, 1 for acting]: calls per second."""
-    if not args.commands:
-        raise UserError("nothing to measure: name a script")
     processes = []
     try:
         for command in args.commands:

@@ -135,15 +135,13 @@ def pyplot() -> ModuleType:
     return importlib.import_module("matplotlib.pyplot")
 
 
-def png(figure, dpi: int = 120, num_colors: int | None = None) -> bytes:
+def png(figure, dpi: int = 120, num_colors: int = 96) -> bytes:
     """The figure as a PNG, the same bytes each time; few colours suffice for lines, and take less space."""
     from PIL import Image  # brought by matplotlib
 
     drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi, metadata={"Software": None})
+    figure.savefig(drawn, format="png", dpi=dpi)
     pyplot().close(figure)
-    if num_colors is None:
-        return drawn.getvalue()
     Image.open(drawn).convert("RGB").quantize(num_colors).save(small, format="png", optimize=True)
     return small.getvalue()
 
