@@ -23,7 +23,6 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
@@ -51,7 +50,6 @@ from common.tasks import Task, find_task
 Kind = Literal["random", "medium", "medium-replay", "expert", "medium-expert"]
 KINDS = get_args(Kind)
 EVAL_SEED = 10_000  # evaluation episodes are seeded EVAL_SEED, EVAL_SEED + 1, ...
-PACKAGES = ("gymnasium", "mujoco", "stable-baselines3", "torch", "numpy")
 
 
 @dataclass
@@ -86,8 +84,7 @@ class Args:
 # === Acting ===
 def make(task: Task, args: Args) -> gym.Env:
     """The environment in its own units; observations are flattened to (obs_dim,), which copies them."""
-    options = parse_kwargs(args.env_kwargs)
-    return gym.wrappers.FlattenObservation(original_env(task, options))
+    return gym.wrappers.FlattenObservation(original_env(task, parse_kwargs(args.env_kwargs)))
 
 
 def play(env: gym.Env, act: Callable, seed: int) -> EpisodeBuffer:
@@ -185,15 +182,13 @@ def replay(model: SAC, step: int) -> list[EpisodeBuffer]:
     """The episodes of the first steps of the training; the last one is cut off where they end."""
     buffer = model.replay_buffer
     names = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
-    rows = {name: getattr(buffer, name)[:step, 0] for name in names}
-    ends = [int(end) + 1 for end in np.flatnonzero(rows["dones"])]
-    actions, episodes = model.policy.unscale_action(rows["actions"]), []
+    obs, next_obs, actions, rewards, dones, timeouts = (getattr(buffer, name)[:step, 0] for name in names)
+    ends = [int(end) + 1 for end in np.flatnonzero(dones)]
+    actions, episodes = model.policy.unscale_action(actions), []
     for start, end in pairwise([0, *ends, *([step] if step not in ends else [])]):
-        observations = np.concatenate(
-            [rows["observations"][start:end], rows["next_observations"][end - 1 : end]]
-        )
-        terminated = rows["dones"][end - 1] > rows["timeouts"][end - 1]
-        episodes.append(episode(observations, actions[start:end], rows["rewards"][start:end], terminated))
+        seen = np.concatenate([obs[start:end], next_obs[end - 1 : end]])
+        terminated = dones[end - 1] > timeouts[end - 1]
+        episodes.append(episode(seen, actions[start:end], rewards[start:end], terminated))
     return episodes
 
 
@@ -220,17 +215,15 @@ def record_all(model: SAC, snapshots: Snapshots, env: gym.Env, args: Args) -> di
 # === Writing ===
 def write_hdf5(path: Path, episodes: list[EpisodeBuffer], space: gym.spaces.Box, about: dict) -> None:
     """An HDF5 file in D4RL's layout with next_observations; actions are scaled to [-1, 1]."""
-    actions = np.concatenate([each.actions for each in episodes])
+    parts = {"observations": lambda each: each.observations[:-1], "actions": lambda each: each.actions}
+    parts |= {"next_observations": lambda each: each.observations[1:], "rewards": lambda each: each.rewards}
+    parts |= {"terminals": lambda each: each.terminations, "timeouts": lambda each: each.truncations}
+    columns = {name: np.concatenate([part(each) for each in episodes]) for name, part in parts.items()}
+    columns["actions"] = to_unit_box(path, columns["actions"], space.low, space.high, "its action_space")
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
-        for name, part in ("observations", slice(-1)), ("next_observations", slice(1, None)):
-            file[name] = np.concatenate([each.observations[part] for each in episodes], dtype=np.float32)
-        file["actions"] = to_unit_box(path, actions, space.low, space.high, "its action_space").astype(
-            np.float32
-        )
-        file["rewards"] = np.concatenate([each.rewards for each in episodes], dtype=np.float32)
-        file["terminals"] = np.concatenate([each.terminations for each in episodes])
-        file["timeouts"] = np.concatenate([each.truncations for each in episodes])
+        for name, values in columns.items():
+            file[name] = values.astype(np.float32 if values.dtype.kind == "f" else bool)
         file.attrs["collected"] = json.dumps(about)
     toolbox.write_output(path, content.getvalue())
 
@@ -261,7 +254,7 @@ def spec_of(env: gym.Env) -> str | None:
     """The environment as JSON, from which it can be made again; None where it is registered with a class."""
     try:
         return replace(env.unwrapped.spec, max_episode_steps=env.spec.max_episode_steps).to_json()
-    except (TypeError, ValueError):  # of values that JSON does not have
+    except Exception:  # of many kinds, from values that JSON does not have
         return None
 
 
@@ -274,9 +267,10 @@ def main(args: Args) -> None:
         raise UserError(f"{args.env_id} is not a Gymnasium id; its data is generated where it is needed")
     make_envs(task, 1, args)[0].close()  # which knows what may be wrong with it
     env, eval_env = make(task, args), make(task, args)
+    spec = spec_of(env)
     name = args.name or re.sub(r"-v\d+$", "", args.env_id.rpartition(":")[2]).lower().replace("/", "-")
-    if not re.fullmatch(r"[-\w]{1,100}", name):
-        raise UserError(f"--name is {name!r}; it must be of at most 100 letters, digits, - and _")
+    if not re.fullmatch(r"[-\w]{1,100}", name) or not args.kinds:
+        raise UserError(f"--name is {name!r}; it takes 1 to 100 letters, digits, - and _, and one of --kinds")
     names = {kind: f"local/{name}/{kind}-v0" for kind in args.kinds}
     if args.hdf5:
         names = {kind: str(args.hdf5.expanduser() / f"{name}-{kind}.hdf5") for kind in args.kinds}
@@ -289,11 +283,10 @@ def main(args: Args) -> None:
     model, snapshots = train(env, eval_env, args)
     if args.save:
         model.save(args.save)
-    recorded, spec = record_all(model, snapshots, eval_env, args), spec_of(env)
+    recorded = record_all(model, snapshots, eval_env, args)
     reference = mean_return(recorded["random"][1]), mean_return(recorded["expert"][1])
     made_with = ", ".join(f"{name} {value}" for name, value in vars(args).items())
-    about = {"requirements": [f"{package}=={metadata.version(package)}" for package in PACKAGES]}
-    about |= {"env_spec": spec, "eval_env_spec": spec} if spec else {}
+    about = {"env_spec": spec, "eval_env_spec": spec} if spec else {}
     if reference[0] < reference[1]:
         about |= {"ref_min_score": reference[0], "ref_max_score": reference[1]}
     else:
