@@ -14,20 +14,17 @@ from common.tasks import D4RL, OFFLINE
 
 def download(info: dict, path: Path) -> None:
     """Download a D4RL file from the first source that has it; it gets its name when it is whole and right."""
-    urls = [D4RL["url"] + info["file"], D4RL["mirror"] + path.name]
-    if os.environ.get("D4RL_MIRROR"):
-        urls.insert(0, f"{os.environ['D4RL_MIRROR'].rstrip('/')}/{path.name}")
+    mirrors = [os.environ.get("D4RL_MIRROR"), D4RL["mirror"]]
+    urls = [f"{mirror.rstrip('/')}/{path.name}" for mirror in mirrors if mirror]
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # of this process: other seeds may fetch it too
     failures, patience = "", socket.getdefaulttimeout()
-    for url in urls:
+    for url in [*urls[:-1], D4RL["url"] + info["file"], urls[-1]]:
         print(f"downloading {url} to {path.parent}")
         try:
             socket.setdefaulttimeout(30)  # seconds that a server may be silent
             path.parent.mkdir(parents=True, exist_ok=True)
             download_url_to_file(url, str(part), info["sha256"])
-            if info["bytes"] not in (None, part.stat().st_size):
-                raise ValueError(f"got {part.stat().st_size:,} bytes instead of {info['bytes']:,}")
-            h5py.File(part).close()
+            h5py.File(part).close()  # OSError if it is not whole
             part.replace(path)
             return
         except (OSError, ValueError, RuntimeError) as error:
