@@ -105,7 +105,7 @@ def parse_args(
     first, _ = parser.parse_known_args(words)
     if first.resume is None:
         return tyro.cli(args_class, args=words, default=settings_for(args_class, task_settings, first.env_id))
-    from common.runs import load_checkpoint  # PyTorch, which --help and the tools can do without
+    from common.checkpoints import load_checkpoint  # PyTorch, which --help and the tools can do without
 
     checkpoint = load_checkpoint(Path(first.resume).expanduser())
     if checkpoint["args"].keys() != {field.name for field in fields(args_class)}:

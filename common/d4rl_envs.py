@@ -115,23 +115,20 @@ class AntMaze(gymnasium.Wrapper):
 class Adroit(gymnasium.Wrapper):
     """D4RL's pen, door, hammer and relocate: Gymnasium-Robotics', but for two differences that are undone.
 
-    Its door, hammer and relocate, version 1, reward the distance between hand and object, by +0.1 per metre
-    instead of -0.1; version 2 does not, and is used where it is installed. Its pen goes on after a drop.
+    Its door, hammer and relocate reward the distance between hand and object, by +0.1 per metre instead of
+    -0.1. Its pen goes on after a drop.
     """
 
     def __init__(self, family: str, **options):
         self.family = family
-        name = f"AdroitHand{family.title()}"
-        self.sign_is_wrong = family in HAND_TO_OBJECT and f"{name}-v2" not in gymnasium.registry
-        version = "v1" if family == "pen" or self.sign_is_wrong else "v2"
-        super().__init__(gymnasium.make(f"{name}-{version}", **options))
+        super().__init__(gymnasium.make(f"AdroitHand{family.title()}-v1", **options))
 
     def step(self, action: np.ndarray) -> tuple:
         obs, reward, terminated, truncated, info = self.env.step(action)
-        if self.sign_is_wrong:
-            reward = float(reward) - 0.2 * np.linalg.norm(HAND_TO_OBJECT[self.family](obs))
         if self.family == "pen":
             terminated = bool(obs[26] < 0.075)  # height of the pen, in metres
+        else:
+            reward = float(reward) - 0.2 * np.linalg.norm(HAND_TO_OBJECT[self.family](obs))
         return obs, float(reward), terminated, truncated, info
 
 

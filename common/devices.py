@@ -7,7 +7,6 @@ import ctypes
 import os
 import platform
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,15 +70,11 @@ def matmul_library() -> str:
 
 def allocate(rows: int, columns: int, device: torch.device, flag: str) -> Tensor:
     """Room for so many float32 rows. UserError: the device has less memory; the flag asks for less."""
-    needed, there = 4 * rows * columns, float("inf")
-    if device.type == "cuda":
-        there = torch.cuda.mem_get_info(device)[0]
-    elif hasattr(os, "sysconf"):  # not on Windows
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        sizes = f"{needed / 1e9:,.1f} GB, and {device} has {there / 1e9:,.1f}"
-        raise UserError(f"{rows:,} transitions take {sizes}: lower {flag}")
-    return torch.empty(rows, columns, dtype=torch.float32, device=device)
+    try:
+        return torch.empty(rows, columns, dtype=torch.float32, device=device)
+    except RuntimeError as error:
+        size = f"{4 * rows * columns / 1e9:,.1f} GB"
+        raise UserError(f"{rows:,} transitions take {size}, more than {device} has: lower {flag}") from error
 
 
 def split_for_cache(x: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
@@ -113,14 +108,6 @@ def mish(x: Tensor) -> Tensor:
         r2 = torch.sigmoid(-x).square()
         return x * (1 - r2) / (1 + r2)
     return CPUMish.apply(x)
-
-
-def compiled(*losses: Callable) -> list[Callable]:
-    """The same functions, compiled by torch.compile. UserError: there is no C++ compiler, which it needs."""
-    known = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
-    if not any(map(shutil.which, known)):
-        raise UserError("--compile needs a C++ compiler, and finds none: install g++ or set CXX")
-    return [torch.compile(loss) for loss in losses]
 
 
 def cuda_graphed(update: Update, device: torch.device, wanted: bool) -> Update:
