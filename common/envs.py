@@ -85,11 +85,10 @@ def original_env(task: Task, options: dict) -> gymnasium.Env:
     if task.kind == "minari":
         from common.minari_data import minari_env_spec
 
-        spec = minari_env_spec(task.name)
-        env_id, limit = spec["id"], options["max_episode_steps"] or spec["max_episode_steps"]
-        options = spec["kwargs"] | options | {"max_episode_steps": limit}
-    options["max_episode_steps"] = options["max_episode_steps"] or LONGEST_EPISODE
-    return gymnasium.make(env_id, **options)
+        env_id, own_options = minari_env_spec(task.name)
+        options = own_options | {name: value for name, value in options.items() if value is not None}
+    limit = options["max_episode_steps"] or LONGEST_EPISODE
+    return gymnasium.make(env_id, **options | {"max_episode_steps": limit})
 
 
 def advice(task: Task, render_mode: str | None) -> str:

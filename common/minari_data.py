@@ -81,8 +81,8 @@ def minari_reference(dataset_id: str) -> tuple[float, float] | None:
     return None if None in (zero, hundred) else (float(zero), float(hundred))
 
 
-def minari_env_spec(dataset_id: str) -> dict:
-    """The environment to evaluate in: its id, max_episode_steps and kwargs.
+def minari_env_spec(dataset_id: str) -> tuple[str, dict]:
+    """The environment to evaluate in: its id, and its options for gymnasium.make.
 
     By its id it is made from registered code, never from what else a downloaded file may name. UserError: the
     dataset names none, or one in wrappers, which change what a return means.
@@ -95,4 +95,4 @@ def minari_env_spec(dataset_id: str) -> dict:
     if others := [name for name in names if name not in HARMLESS]:
         advice = "--eval-episodes 0 trains; --env-id <module>:<Id> --dataset takes an environment of yours"
         raise UserError(f"{dataset_id} was recorded in wrappers, {', '.join(others)}; {advice}")
-    return spec
+    return spec["id"], spec["kwargs"] | {"max_episode_steps": spec["max_episode_steps"]}

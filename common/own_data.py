@@ -22,8 +22,6 @@ def read_own(path: Path, task: Task, low: float, high: float) -> dict[str, np.nd
     terminals = rows["terminals"].astype(bool)
     if "timeouts" in rows:
         timeouts = rows["timeouts"].astype(bool)
-        if both := (timeouts & terminals).sum():
-            print(f"{path}: {both:,} rows are both terminal and timeout, and count as terminal")
     else:
         timeouts = cut_at_horizon(terminals, task.horizon)
         limit = f", or after {task.horizon:,} steps as in {task.name}" if task.horizon else ""
@@ -52,8 +50,6 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
         with h5py.File(path) as file:
             if missing := [name for name in FIELDS if name not in file]:
                 raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(file) or 'nothing'}")
-            if "timeouts" not in file and "truncations" in file:
-                raise UserError(f"{path} has truncations; in D4RL's layout they are called timeouts")
             known = [name for name in [*FIELDS, "timeouts", "next_observations"] if name in file]
             for name in known:
                 check_stored(path, file[name], file)

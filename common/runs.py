@@ -88,8 +88,7 @@ def write_atomically(path: Path, content: dict) -> None:
             os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}; make room or choose another --run-dir") from error
 
 
