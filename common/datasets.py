@@ -44,12 +44,6 @@ class Dataset:
         columns = self.observations, self.actions, self.rewards, self.next_observations, self.terminals
         return [zlib.crc32(column.data) for column in columns]
 
-    def largest(self) -> tuple[str, float]:
-        """Name and largest absolute value of the column that has the largest numbers."""
-        sizes = np.abs(np.column_stack([self.observations, self.rewards])).max(0)  # (obs_dim + 1,)
-        column = int(sizes.argmax())
-        return f"observations[:, {column}]" if column < len(sizes) - 1 else "rewards", float(sizes[column])
-
 
 def load_dataset(
     task: Task, dataset: str | None = None, seed: int = 0, action_bounds: tuple[float, float] = (-1, 1)

@@ -11,7 +11,7 @@ from gymnasium.spaces import Box, Dict
 
 from common.cli import UserError
 from common.datasets import Dataset
-from common.tasks import Task
+from common.tasks import Task, is_minari_id
 
 ROBOTS = {"hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "halfcheetah": "HalfCheetah-v4"}
 LONGEST_EPISODE = 1_000  # steps, where an environment has no limit of its own
@@ -32,8 +32,11 @@ def make_envs(task: Task, count: int, args: Any, dataset: Dataset | None = None)
         if dataset and found != (sizes := [dataset.observations.shape[1], dataset.actions.shape[1]]):
             data = f"observations of size {sizes[0]} and actions of size {sizes[1]}"
             raise UserError(f"the data has {data}, the environment of {task.name} {found[0]} and {found[1]}")
-        bounds = env.unwrapped.action_space
-        if dataset and args.dataset and ((bounds.low != -1).any() or (bounds.high != 1).any()):
+        bounds, is_file = (
+            env.unwrapped.action_space,
+            dataset and args.dataset and not is_minari_id(args.dataset),
+        )
+        if is_file and ((bounds.low != -1).any() or (bounds.high != 1).any()):
             there, (low, high) = f"{bounds.low.min():g} to {bounds.high.max():g}", args.action_bounds
             says = f"in the file that is {low:g} to {high:g} (--action-bounds)"
             print(f"{task.name} takes actions from {there}; {says}")
@@ -51,9 +54,12 @@ def make_env(task: Task, args: Any, render_mode: str | None = None) -> Any:
     exist today: docs/tasks.md. UserError: there is none, it is not installed, or cannot be learned in.
     """
     options = parse_kwargs(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
+    if not render_mode:  # nothing is drawn, so what MUJOCO_GL names need not work
+        try:
+            import mujoco  # noqa: F401
+        except Exception:  # of many kinds; without MuJoCo, too
+            os.environ["MUJOCO_GL"] = "disable"
     try:
-        if not render_mode:
-            ignore_broken_opengl()
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # Gymnasium's, on its v4
             env: Any = original_env(task, options)
     except UserError:
@@ -100,14 +106,6 @@ def advice(task: Task, render_mode: str | None) -> str:
         return f"Gymnasium has {base}-v4"
     module = f"; or --env-id <module that registers it>:<Id> --dataset {task.name}"
     return f"Install what it needs{module if task.kind == 'minari' else ''}; or train with --eval-episodes 0"
-
-
-def ignore_broken_opengl() -> None:
-    """Import MuJoCo, if it is there, although MUJOCO_GL may name what does not work: nothing is drawn."""
-    try:
-        import mujoco  # noqa: F401
-    except Exception:  # of many kinds
-        os.environ["MUJOCO_GL"] = "disable"
 
 
 def parse_kwargs(words: tuple[str, ...]) -> dict[str, Any]:

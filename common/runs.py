@@ -255,8 +255,11 @@ class Run:
     def diverged(self, what: str) -> UserError:
         """What is not finite, what may have caused it, and where the last good checkpoint is."""
         advice = "try a lower learning rate"
-        if self.dataset and (found := self.dataset.largest())[1] > 1e4:
-            advice = f"the data's {found[0]} are up to {found[1]:.3g}: scale them down"
+        columns = [self.dataset.rewards, self.dataset.observations] if self.dataset else [[0.0]]
+        largest = np.abs(np.column_stack(columns)).max(0)  # (1 + obs_dim,)
+        if largest.max() > 1e4:
+            column = f"observations[:, {largest.argmax() - 1}]" if largest.argmax() else "rewards"
+            advice = f"the data's {column} are up to {largest.max():.3g}: scale them down"
         return UserError(f"{what}; {advice}; nothing is saved after it in {self.folder}")
 
     # --- Saving ---
