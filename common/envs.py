@@ -32,10 +32,8 @@ def make_envs(task: Task, count: int, args: Any, dataset: Dataset | None = None)
         if dataset and found != (sizes := [dataset.observations.shape[1], dataset.actions.shape[1]]):
             data = f"observations of size {sizes[0]} and actions of size {sizes[1]}"
             raise UserError(f"the data has {data}, the environment of {task.name} {found[0]} and {found[1]}")
-        bounds, is_file = (
-            env.unwrapped.action_space,
-            dataset and args.dataset and not is_minari_id(args.dataset),
-        )
+        bounds = env.unwrapped.action_space
+        is_file = dataset and args.dataset and not is_minari_id(args.dataset)
         if is_file and ((bounds.low != -1).any() or (bounds.high != 1).any()):
             there, (low, high) = f"{bounds.low.min():g} to {bounds.high.max():g}", args.action_bounds
             says = f"in the file that is {low:g} to {high:g} (--action-bounds)"

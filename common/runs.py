@@ -151,8 +151,10 @@ class Run:
             self.add_to_curves("losses", self.results["losses"])
         self.announce(sources_of(args, task_settings))
         self.started, self.seconds_before = time.time(), self.results["train_seconds"]
-        pause = 0.1 if sys.stderr.isatty() else 60  # seconds between two states of the bar
-        self.bar = tqdm(initial=self.step, total=args.total_steps, unit="step", mininterval=pause)
+        counts = {"initial": self.step - first_step, "total": args.total_steps - first_step}
+        self.bar = tqdm(
+            **counts, mininterval=0.1 if sys.stderr.isatty() else 60
+        )  # seconds between two states
 
     def announce(self, sources: dict[str, str]) -> None:
         """Say what is trained on what, with which settings and where each came from; write config.json."""
