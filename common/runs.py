@@ -152,9 +152,8 @@ class Run:
         self.announce(sources_of(args, task_settings))
         self.started, self.seconds_before = time.time(), self.results["train_seconds"]
         counts = {"initial": self.step - first_step, "total": args.total_steps - first_step}
-        self.bar = tqdm(
-            **counts, mininterval=0.1 if sys.stderr.isatty() else 60
-        )  # seconds between two states
+        pause = 0.1 if sys.stderr.isatty() else 60  # seconds between two states of the bar
+        self.bar = tqdm(**counts, unit="step", mininterval=pause)
 
     def announce(self, sources: dict[str, str]) -> None:
         """Say what is trained on what, with which settings and where each came from; write config.json."""
