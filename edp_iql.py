@@ -17,7 +17,7 @@ In shapes: T is diffusion_steps, the paper's K. Timesteps are 1..T; t = 0 is the
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -340,22 +340,13 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float | Tensor) -> 
             target_parameter.lerp_(parameter, tau)
 
 
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_by_global_norm(gradients: list[Tensor], max_norm: float) -> Tensor:
     """Scale gradients whose joint norm is above max_norm down to it, exactly; returns the norm before."""
-    gradients = [parameter.grad for parameter in parameters]
     norm = nn.utils.get_total_norm(gradients)
+    scale = (max_norm / norm).clamp(max=1.0)
     for gradient in gradients:
-        gradient.mul_((max_norm / norm).clamp(max=1.0))
+        gradient.mul_(scale)
     return norm
-
-
-def clip_by_member_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """As clip_by_global_norm, for each member of an ensemble alone; returns the norms before, (num_qs,)."""
-    gradients = [parameter.grad for parameter in parameters]
-    norms = torch.stack([gradient.square().sum((1, 2)) for gradient in gradients]).sum(0).sqrt()  # (num_qs,)
-    for gradient in gradients:
-        gradient.mul_((max_norm / norms).clamp(max=1.0)[:, None, None])
-    return norms
 
 
 # === Agent ===
@@ -455,14 +446,14 @@ class EDPIQL(nn.Module):
         bc_loss = F.mse_loss(eps, draws.eps)
         with torch.no_grad():
             advantage = self.advantage(batch)  # (batch,)
-            weight = (advantage / self.args.temperature).exp().clamp(max=self.args.max_weight)  # D6: beta
+            weight = (advantage / self.args.temperature).exp().clamp(max=self.args.max_weight)  # bound: D6
         if self.args.likelihood == "elbo":
             log_prob = -self.elbo_weights[draws.t] * (eps - draws.eps).square().mean(1)  # mean weight 1: D9
         else:
             action = approximate_action(x_t, draws.t, eps, self.alpha_bar)  # (batch, action_dim)
             log_prob = -0.5 * ((batch.action - action).square() + math.log(2 * math.pi)).sum(1)  # D9
         guidance_loss = -(weight * log_prob).mean()
-        loss = bc_loss + self.args.guidance_weight * guidance_loss  # not divided by lambda: D4
+        loss = bc_loss + self.args.guidance_weight * guidance_loss  # lambda of Table 3: D4
         metrics = {"actor_loss": loss, "bc_loss": bc_loss, "guidance_loss": guidance_loss}
         return loss, metrics | {"weight": weight.mean()}
 
@@ -471,23 +462,27 @@ class EDPIQL(nn.Module):
         rows = torch.randint(len(data.reward), (self.args.batch_size,), device=self.device)  # (batch,)
         batch, draws = Batch(*(column[rows] for column in data)), self.draw(self.args.batch_size)
         max_norm = self.args.max_grad_norm
-        # V, before what learns from it: D14
+        # V first, the critics last: D14
         loss, metrics = self.value_loss(batch)
         self.optimizers["value"].zero_grad()
         loss.backward()
-        metrics["value_grad_norm"] = clip_by_global_norm(self.value.parameters(), max_norm)
+        gradients = [parameter.grad for parameter in self.value.parameters()]
+        metrics["value_grad_norm"] = clip_by_global_norm(gradients, max_norm)
         self.optimizers["value"].step()
         # The actor
         loss, actor_metrics = self.actor_loss(batch, draws)
         self.optimizers["actor"].zero_grad()
         loss.backward()
-        actor_metrics["actor_grad_norm"] = clip_by_global_norm(self.actor.parameters(), max_norm)
+        gradients = [parameter.grad for parameter in self.actor.parameters()]
+        actor_metrics["actor_grad_norm"] = clip_by_global_norm(gradients, max_norm)
         self.optimizers["actor"].step()
         # The critics, each with a limit of its own: D3
         loss, critic_metrics = self.critic_loss(batch)
         self.optimizers["critic"].zero_grad()
         loss.backward()
-        metrics["critic_grad_norm"] = clip_by_member_norm(self.critic.parameters(), max_norm).mean()
+        members = [[parameter.grad[i] for parameter in self.critic.parameters()] for i in range(2)]
+        norms = [clip_by_global_norm(gradients, max_norm) for gradients in members]
+        critic_metrics["critic_grad_norm"] = torch.stack(norms).mean()
         self.optimizers["critic"].step()
         # The target critics
         polyak_update(self.critic_target, self.critic, self.args.tau)
@@ -502,7 +497,7 @@ class EDPIQL(nn.Module):
             noise = torch.randn(self.noise_steps, len(obs), self.action_dim, device=self.device)
             noise[0] *= self.args.noise_scale
         actions = self.sample(self.actor, obs, noise, self.args.policy_scale)  # (batch * n, action_dim)
-        q = self.critic(obs, actions).amin(0).unflatten(0, (-1, n))  # (batch, n); not alpha Q: D2
+        q = self.critic(obs, actions).amin(0).unflatten(0, (-1, n))  # (batch, n); of min Q: D2
         chosen = torch.multinomial(q.softmax(1), 1)  # (batch, 1)
         return actions.unflatten(0, (-1, n)).take_along_dim(chosen.unsqueeze(2), dim=1).squeeze(1)
 

@@ -32,7 +32,7 @@ import toolbox
 from common.cli import NonNegative, Positive, Threads, UserError, check_bounds, run_command
 from common.devices import default_threads, use_device
 from common.envs import make_env
-from common.runs import load_checkpoint
+from common.checkpoints import load_checkpoint
 from common.scores import normalized_score
 from common.tasks import find_task
 
