@@ -252,7 +252,7 @@ def test_checkpoints_that_cannot_be_used(change, message, finished, tmp_path):
         ({"video": evaluate.Path("line.gif")}, "--video line.gif is not a .mp4 or .png file in a folder"),
         ({"video": evaluate.Path("none/line.mp4")}, "--video none/line.mp4 is not"),
         ({"device": "tpu"}, "--device tpu is not available"),
-        ({"env_kwargs": ("steps",)}, "--env-kwargs steps is neither a JSON object nor key=value"),
+        ({"env_kwargs": ("steps",)}, "--env-kwargs steps is neither JSON nor key=value"),
     ],
 )
 def test_mistakes(options, message, finished):

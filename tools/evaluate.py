@@ -29,10 +29,10 @@ from imageio_ffmpeg import count_frames_and_secs
 from torch import nn
 
 import toolbox
+from common.checkpoints import load_checkpoint
 from common.cli import NonNegative, Positive, Threads, UserError, check_bounds, run_command
 from common.devices import default_threads, use_device
 from common.envs import make_env
-from common.checkpoints import load_checkpoint
 from common.scores import normalized_score
 from common.tasks import find_task
 

@@ -18,10 +18,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import FORMAT  # noqa: E402
 from common.cli import UserError  # noqa: E402
 from common.scores import normalized_score  # noqa: E402
 
-FORMATS = (2, 3)  # of results.json: the recorded runs in docs/results are of the first
+FORMATS = (2, FORMAT)  # of results.json: the recorded runs in docs/results are of the first
 # Where and how a run is made, not what it learns: runs that differ in these alone are the same run.
 WHERE_AND_HOW = {"run_dir", "resume", "device", "num_threads", "compile", "cuda_graph"}
 WHERE_AND_HOW |= {"log_every", "save_every"}
