@@ -13,7 +13,6 @@ from recordings import flags, write
 from runs import AGENTS, finish, load_script, python, results_of, tiny_settings, train
 
 from common.cli import UserError
-from common.devices import use_device
 from common.envs import make_env
 from common.tasks import find_task
 
@@ -75,20 +74,6 @@ def test_arguments_of_the_environment(tmp_path):
     run = train(tmp_path / "runs", load_script("qvpo_online"), **settings)
     assert score(run, episodes=2)["lengths"] == [3, 3]
     assert score(run, episodes=1, env_kwargs=("max_episode_steps=5",))["lengths"] == [5]
-
-
-@pytest.mark.parametrize(
-    "library, precision, allowed",
-    [("mkl", "highest", "ieee"), ("mkl", "medium", "bf16"), ("onednn", "highest", "bf16")],
-)
-def test_products_are_those_of_the_run(library, precision, allowed, finished, monkeypatch):
-    before = torch.get_num_threads()
-    with monkeypatch.context() as patch:
-        patch.setattr("common.devices.matmul_library", lambda: library)
-        score(finished, "--matmul-precision", precision, episodes=1)
-        found = torch.backends.mkldnn.matmul.fp32_precision
-    use_device("cpu", before, "highest")
-    assert found == allowed
 
 
 def test_acting_in_another_way(finished):

@@ -329,16 +329,6 @@ def test_a_script_has_the_same_colour_everywhere(runs):
     plt.close(figure)
 
 
-def test_seeds_without_a_common_step(runs):
-    """There is nothing to average, so they have no curve."""
-    for seed in (0, 1):
-        path = write_run(runs / str(seed), "dac", TASK, seed, 50, evaluations=1) / "results.json"
-        path.write_text(path.read_text().replace('"step": 30', f'"step": {20 + seed}'))
-    figure = draw(runs)
-    assert thick(figure.axes[0]) == [[]]
-    plt.close(figure)
-
-
 # --- Mistakes ---
 def test_folders_without_runs(runs):
     message = "there is no run in runs or below: no config.json"

@@ -36,7 +36,7 @@ import toolbox
 from common import runs
 from common.cli import NonNegative, Positive, UnitInterval, UserError, check_bounds, parse_args, run_command
 from common.datasets import load_dataset
-from common.envs import make_envs
+from common.envs import make_env, make_envs
 from common.tasks import find_task
 
 PASSED_ON = ["D4RL_DATASET_DIR", "D4RL_MIRROR", "MINARI_DATASETS_PATH", "MUJOCO_GL"]  # to other machines
@@ -149,6 +149,8 @@ def check_tasks(jobs: list[Job]) -> None:
             if "dataset" not in job.settings:  # the script learns online
                 make_envs(task, 1, given)
                 continue
+            if given.eval_episodes > 0:
+                make_env(task, given).close()  # which is known sooner than a download ends
             data = load_dataset(task, given.dataset, given.seed, given.action_bounds)
             make_envs(task, min(given.eval_episodes, 1), given, data)
         except UserError as error:
