@@ -106,7 +106,10 @@ def compare_update(case, agent, entry, draws, update_number=1):
     for name in ("critic", "actor"):
         if not any(f"{name} update" in draw["why"] for draw in draws):  # then it stays as it is
             agent.optimizers[name].param_groups[0]["lr"].fill_(0)
-            agent.args.tau = 0.0 if name == "critic" else agent.args.tau
+            if name == "critic":
+                agent.args.tau = 0.0
+            else:
+                agent.actor_tau.fill_(0)
     with raw_gradients(agent) as gradients, whole_batch(agent, make_draws(agent, draws)):
         metrics = agent.update(batch)
 
