@@ -1,68 +1,36 @@
-"""dac.py against tests/reference.py and closed forms, and a task that it must learn.
-
-Its networks, sampler and whole updates are compared with the official code's in test_conformance.py.
-"""
+"""dac.py: what its golden files do not have, and a task that it must learn."""
 
 import math
 
 import numpy as np
 import pytest
-import reference
 import torch
 from agents import TASK, random_batch, sampled_actions
 from runs import load, resume, train
 
 import dac
-from common.bandits import BANDITS, bandit_mode
-
-CPU = torch.device("cpu")
+from common.bandits import bandit_mode
 
 
 def small_agent(**options):
     torch.manual_seed(0)
-    args = dac.Args(**dict(hidden_dims=(16, 16), num_qs=3, num_q_samples=2) | options)
-    return dac.DAC(obs_dim=4, action_dim=2, args=args, device=CPU)
-
-
-def test_mish_and_its_gradient(float64):
-    x = torch.cat([torch.linspace(-60, 60, 241), torch.tensor([0.0, 1e-9])]).requires_grad_()
-    expected = [reference.mish(value) for value in x.tolist()]
-    np.testing.assert_allclose(dac.mish(x).detach(), expected, atol=1e-13)
-    assert torch.autograd.gradcheck(dac.mish, x)
+    args = dac.Args(**dict(hidden_dims=(16, 16), num_qs=3, num_q_samples=2, batch_size=5) | options)
+    return dac.DAC(obs_dim=4, action_dim=2, args=args, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("max_q_backup", [False, True])
 def test_critic_loss(float64, max_q_backup):
+    """Row by row from the formula, with a target 0.7 standard deviations below the ensemble's mean."""
     agent = small_agent(rho=0.7, max_q_backup=max_q_backup)
     batch, draws = random_batch(dac), agent.draw(5)
-    loss, _ = agent.critic_loss(batch, draws)
     next_obs = batch.next_obs.repeat_interleave(2, dim=0)
     next_action = agent.sample(agent.actor_target, next_obs, draws.next_action_noise)
     next_q = agent.critic_target(next_obs, next_action).view(3, 5, 2)
-    q = agent.critic(batch.obs, batch.action)
-    errors = []
-    for row in range(5):
-        transition = batch.reward[row].item(), bool(batch.terminal[row]), agent.args.gamma
-        target = reference.ensemble_target(*transition, next_q[:, row].tolist(), "lcb", 0.7, max_q_backup)
-        errors += [(q[h, row].item() - target) ** 2 for h in range(3)]
-    assert loss.item() == pytest.approx(np.mean(errors), abs=1e-12)
-
-
-@pytest.mark.parametrize("guidance", ["denoised", "none"])
-def test_actor_loss(float64, guidance):
-    """eta times the noise regression, and the guidance: Q is divided by its mean size, whatever its signs."""
-    agent = small_agent(q_guidance=guidance, eta=0.3)
-    batch, draws = random_batch(dac), agent.draw(5)
-    loss, metrics = agent.actor_loss(batch, draws)
-    x_t = dac.add_noise(batch.action, draws.t, draws.eps, agent.alpha_bar)
-    expected = 0.3 * (agent.actor(batch.obs, x_t, draws.t) - draws.eps).square().mean()
-    if guidance == "denoised":
-        q = agent.critic_target(batch.obs, batch.action)
-        assert q.min() < 0 < q.max()
-        action = agent.sample(agent.actor, batch.obs, draws.action_noise)
-        expected -= agent.critic_target(batch.obs, action).mean() / (q.abs().mean() + dac.EPS)
-    torch.testing.assert_close(loss, expected, atol=1e-8, rtol=0)
-    assert ("guidance_loss" in metrics) == (guidance != "none")
+    values = next_q.amax(2) if max_q_backup else next_q.mean(2)  # (3, 5)
+    value = values.mean(0) - 0.7 * values.var(0, correction=0).sqrt()
+    target = batch.reward + 0.99 * (1 - batch.terminal) * value
+    errors = agent.critic(batch.obs, batch.action) - target
+    assert agent.critic_loss(batch, draws)[0].item() == pytest.approx(errors.square().mean().item(), abs=1e-12)
 
 
 def test_initial_weights_of_the_critics():
@@ -81,38 +49,22 @@ def test_nothing_is_drawn_or_computed_for_guidance_that_is_off(monkeypatch):
     for guidance in ("soft", "hard", "none"):
         assert small_agent(q_guidance=guidance).draw(5).action_noise.numel() == 0
     agent, batch = small_agent(q_guidance="none"), random_batch(dac)
-    draws = agent.draw(5)
     monkeypatch.setattr(agent.critic_target, "forward", None)
-    agent.actor_loss(batch, draws)
-
-
-def test_target_actor_moves_every_fifth_step_after_the_first_thousand():
-    agent = small_agent()
-    moved = [step for step in range(998, 1021) if agent.set_step(step) or agent.actor_tau > 0]
-    assert moved == [1005, 1010, 1015, 1020]
+    assert "guidance_loss" not in agent.actor_loss(batch, agent.draw(5))[1]
 
 
 def test_eta_follows_the_constraint_within_its_bounds():
-    batch = random_batch(dac)
     for threshold, expected in ((-100.0, 1.1), (100.0, 0.9)):  # far below and far above any loss: a full step
-        agent = small_agent(eta=1.0, eta_lr=0.1, bc_threshold=threshold)
-        agent.update_actor(batch, agent.draw(5))
-        assert agent.eta.item() == pytest.approx(expected)
-        agent = small_agent(eta=1.0, eta_lr=0.1, bc_threshold=threshold, eta_min=0.95, eta_max=1.05)
-        agent.update_actor(batch, agent.draw(5))
-        assert agent.eta.item() == pytest.approx((1 + expected) / 2)
+        for bounds, eta in (({}, expected), (dict(eta_min=0.95, eta_max=1.05), (1 + expected) / 2)):
+            agent = small_agent(eta=1.0, eta_lr=0.1, bc_threshold=threshold, **bounds)
+            agent.update(random_batch(dac))
+            assert agent.eta.item() == pytest.approx(eta)
 
 
 def test_a_fixed_eta_is_that_of_the_resumed_run(tmp_path):
     folder = train(tmp_path, dac, total_steps=2, eta_lr=0.0, eta=1.0)
+    assert "eta" not in load(folder)["agent"]
     resume(folder, dac, total_steps=3, eta=2.0)
-    assert load(folder)["agent"]["eta"] == 2.0
-
-
-@pytest.mark.slow
-def test_dac_learns_the_best_mode_of_a_bandit(tmp_path, monkeypatch):
-    actions = sampled_actions(dac, "DAC", tmp_path, monkeypatch)
-    assert (np.linalg.norm(actions - BANDITS[TASK][-1], axis=1) < 0.15).mean() > 0.9
 
 
 def test_q_moves_the_policy_to_the_best_mode_of_a_bandit(tmp_path, monkeypatch):

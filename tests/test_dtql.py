@@ -1,10 +1,9 @@
-"""What dtql.py's golden file does not have, against tests/reference.py and closed forms; learning."""
+"""dtql.py: what its golden file does not have, or only in single precision; learning."""
 
 import math
 
 import numpy as np
 import pytest
-import reference
 import torch
 from agents import TASK, random_batch, sampled_actions
 
@@ -18,12 +17,7 @@ def small_agent(**options):
     return dtql.DTQL(4, 2, args, torch.device("cpu"))
 
 
-def values_of(layers):
-    """Weights [out, in] and biases of linear layers."""
-    return [[getattr(each, kind).detach().numpy() for each in layers] for kind in ("weight", "bias")]
-
-
-# --- Noise levels ---
+# --- Noise levels and the denoiser's loss ---
 def test_drawn_noise_levels():
     sigma, noise = small_agent().draw_noise(20_000)
     assert sigma.dtype == torch.float32
@@ -32,51 +26,38 @@ def test_drawn_noise_levels():
     assert noise.std().item() == pytest.approx(1, rel=0.02)
 
 
-def test_scalings_keep_variance_one(float64):
-    """What they are made for: input and target of the network have variance 1, whatever sigma is, and the
-    target asks for as little as possible of the network's error to be amplified (c_out is minimal)."""
-    sigma, sigma_data = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0]), dtql.SIGMA_DATA
-    c_skip, c_out, c_in = dtql.edm_scalings(sigma)
-    expected = [reference.preconditioning(value, sigma_data) for value in sigma.tolist()]
-    np.testing.assert_allclose(torch.stack([c_skip, c_out, c_in], dim=1), expected, rtol=1e-12)
-    np.testing.assert_allclose(c_in**2 * (sigma**2 + sigma_data**2), np.ones(5))
-    # variance of (x - c_skip (x + sigma z)) / c_out
-    variance = ((1 - c_skip) ** 2 * sigma_data**2 + c_skip**2 * sigma**2) / c_out**2
-    np.testing.assert_allclose(variance, np.ones(5))
+def preconditioning(sigma):
+    """c_skip, c_out, c_in of one number: the best linear guess of x from x + sigma z where x has standard
+    deviation SIGMA_DATA, the standard deviation of what it leaves, and one over that of x + sigma z."""
+    variance = dtql.SIGMA_DATA**2 + sigma**2
+    c_skip = dtql.SIGMA_DATA**2 / variance
+    c_out = math.sqrt((1 - c_skip) ** 2 * dtql.SIGMA_DATA**2 + c_skip**2 * sigma**2)
+    return c_skip, c_out, 1 / math.sqrt(variance)
 
 
-# --- Networks and losses ---
-def test_denoiser(float64):
-    agent, batch = small_agent(), random_batch(dtql)
-    t = torch.linspace(-1.5, 1.1, 5)
-    output = agent.denoiser.network(batch.obs, batch.action, t.unsqueeze(1))
-    weights, biases = values_of(agent.denoiser.layers)
-    for row in range(5):
-        embedding = reference.sinusoidal(t[row].item(), 16)
-        embedding = reference.mlp(embedding, *values_of(agent.denoiser.time_mlp), reference.mish)
-        x = weights[0] @ np.concatenate([batch.action[row], batch.obs[row], embedding]) + biases[0]
-        expected = reference.mlp(x, weights[1:], biases[1:], reference.mish)
-        np.testing.assert_allclose(output[row].detach(), expected, atol=1e-12)
+def test_scalings(float64):
+    sigma = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0])
+    found = torch.stack(dtql.edm_scalings(sigma), dim=1)
+    np.testing.assert_allclose(found, [preconditioning(value) for value in sigma.tolist()], rtol=1e-12)
 
 
 def test_diffusion_loss(float64):
+    """In double precision, which no golden file has: there the noise levels are float32."""
     agent, batch = small_agent(), random_batch(dtql)
     sigma, noise = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0]), torch.randn(5, 2)
     agent.denoiser.layers[-1].bias.data.fill_(2.0)  # leads out of the box where sigma is large
     loss = agent.diffusion_loss(batch.action, batch.obs, sigma, noise)
     errors, outside = [], 0
     for row in range(5):
-        c_skip, c_out, c_in = reference.preconditioning(sigma[row].item(), dtql.SIGMA_DATA)
+        c_skip, c_out, c_in = preconditioning(sigma[row].item())
         x = (batch.action[row] + sigma[row] * noise[row]).unsqueeze(0)
         t = (sigma[row].log() / 4).view(1, 1)
         output = agent.denoiser.network(batch.obs[row : row + 1], c_in * x, t)
-        for dim in range(2):
-            denoised = c_skip * x[0, dim].item() + c_out * output[0, dim].item()
-            outside += abs(denoised) > 1
-            denoised = min(max(denoised, -1.0), 1.0)
-            errors.append(((denoised - batch.action[row, dim].item()) / c_out) ** 2)
+        denoised = (c_skip * x + c_out * output)[0]  # (action_dim,)
+        outside += (denoised.abs() > 1).sum().item()
+        errors.append((denoised.clamp(-1, 1) - batch.action[row]).detach().numpy() / c_out)
     assert outside > 0
-    assert loss.item() == pytest.approx(np.mean(errors), rel=1e-12)
+    assert loss.item() == pytest.approx(np.square(errors).mean(), rel=1e-12)
 
 
 def test_trust_region_of_gaussian_data(float64):
@@ -93,30 +74,26 @@ def test_trust_region_of_gaussian_data(float64):
             noises = [torch.full((1, 2), z) for z in points]
             at = [agent.diffusion_loss(action, torch.zeros(1, 4), torch.tensor([sigma]), z) for z in noises]
             losses.append(np.dot(at, weights) / weights.sum())
-        _, c_out, _ = reference.preconditioning(sigma, dtql.SIGMA_DATA)
+        _, c_out, _ = preconditioning(sigma)
         shrink = 1 / (1 + std**2 / sigma**2)  # of the distance to the mode that the denoiser undoes
         expected = ((actions - mean) ** 2 * shrink**2 + (1 - shrink) ** 2 * sigma**2) / c_out**2
         np.testing.assert_allclose(losses, expected, rtol=1e-9)
         assert actions[np.argmin(losses)] == pytest.approx(mean)
 
 
-def test_actor_loss(float64):
-    agent, batch = small_agent(alpha=3.0, nll_weight=0.7, q_weight=0.5), random_batch(dtql)
+# --- The policy ---
+def test_likelihood_of_the_data_in_the_actor_loss(float64):
+    """ln N(atanh(a / 1.001); mean, std), summed over the numbers of an action."""
+    agent, batch = small_agent(nll_weight=0.7), random_batch(dtql)
+    mean, std = agent.actor(batch.obs)
+    z = (torch.atanh(batch.action / 1.001) - mean) / std
+    nll = (z.square() / 2 + std.log() + math.log(2 * math.pi) / 2).sum(1).mean()
     draws = agent.draw(5)
-    loss, _ = agent.actor_loss(batch, draws)
-    actions, nlls = np.empty((5, 2)), []
-    for row in range(5):
-        output = reference.mlp(batch.obs[row].numpy(), *values_of(agent.actor.layers), lambda x: max(x, 0.0))
-        nlls.append(0.0)
-        for dim in range(2):
-            mean, std = output[dim], math.exp(min(max(output[2 + dim], -5.0), 2.0))
-            actions[row, dim] = math.tanh(mean + std * draws.action_noise[row, dim].item())
-            value = math.atanh(batch.action[row, dim].item() / 1.001)
-            nlls[-1] -= reference.normal_log_density(value, mean, std)
-    actions = torch.tensor(actions)
-    trust = agent.diffusion_loss(actions, batch.obs, draws.trust_sigma, draws.trust_noise).item()
-    q = [min(q) for q in agent.critic(batch.obs, actions).T.tolist()]
-    assert loss.item() == pytest.approx(3.0 * trust - 0.5 * np.mean(q) + 0.7 * np.mean(nlls), abs=1e-9)
+    loss, metrics = agent.actor_loss(batch, draws)
+    agent.args.nll_weight = 0.0
+    without, _ = agent.actor_loss(batch, draws)
+    assert metrics["nll"].item() == pytest.approx(nll.item(), rel=1e-9)
+    assert (loss - without).item() == pytest.approx(0.7 * nll.item(), rel=1e-9)
 
 
 def test_initial_weights_of_the_policy_are_orthogonal():
@@ -160,25 +137,7 @@ def test_learning_rates(lr_decay, expected):
         assert rates == pytest.approx({"denoiser": factor, "actor": factor, "critic": 2 * factor}, abs=1e-6)
 
 
-# --- Acting ---
-def test_act_takes_a_candidate_by_softmax_of_the_smaller_q(monkeypatch):
-    agent, obs, noise = small_agent(), torch.randn(5, 4), torch.randn(5, 7, 2)
-    picked, seen = [0, 3, 6, 1, 2], []
-
-    def multinomial(probabilities, count):
-        seen.append(probabilities)
-        return torch.tensor(picked).unsqueeze(1)
-
-    monkeypatch.setattr(torch, "multinomial", multinomial)
-    action = agent.act(obs, noise)
-    for row, pick in enumerate(picked):
-        mean, std = (each.detach() for each in agent.actor(obs[row : row + 1]))
-        candidates = (mean + std * noise[row]).tanh()
-        q = agent.critic_target(obs[row].expand(7, -1), candidates).amin(0)
-        torch.testing.assert_close(seen[0][row], q.softmax(0))
-        torch.testing.assert_close(action[row], candidates[pick])
-
-
+# --- Acting and learning ---
 def test_act_is_one_forward_pass_and_stays_in_the_box():
     agent, calls = small_agent(num_action_samples=50), []
     for network in (agent.actor, agent.critic_target, agent.denoiser):
@@ -188,8 +147,7 @@ def test_act_is_one_forward_pass_and_stays_in_the_box():
     assert action.shape == (6, 2) and action.abs().max() <= 1
 
 
-# --- A task that it must learn ---
-def test_dtql_learns_the_best_mode_of_a_bandit(tmp_path, monkeypatch):
+def test_learning_the_best_mode_of_a_bandit(tmp_path, monkeypatch):
     """The best corner holds a sixth of the data. With Q the policy is there, without Q it is not."""
     best_corner = BANDITS[TASK][-1]
     short = dict(pretrain_steps=300, total_steps=500)
