@@ -94,7 +94,7 @@ def results_of(folder):
 
 
 def curves_of(folder):
-    """Tag -> list of (step, value), from the TensorBoard events; without the speed, which is never the same."""
+    """Tag -> list of (step, value), from the TensorBoard events; without the speed, which varies."""
     events = EventAccumulator(str(folder)).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag != "charts/steps_per_second"]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}

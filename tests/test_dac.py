@@ -30,7 +30,9 @@ def test_critic_loss(float64, max_q_backup):
     value = values.mean(0) - 0.7 * values.var(0, correction=0).sqrt()
     target = batch.reward + 0.99 * (1 - batch.terminal) * value
     errors = agent.critic(batch.obs, batch.action) - target
-    assert agent.critic_loss(batch, draws)[0].item() == pytest.approx(errors.square().mean().item(), abs=1e-12)
+    assert agent.critic_loss(batch, draws)[0].item() == pytest.approx(
+        errors.square().mean().item(), abs=1e-12
+    )
 
 
 def test_initial_weights_of_the_critics():
