@@ -28,10 +28,11 @@ NETWORKS = {
     "actor": "actor", "ema_model": "actor_target", "critic": "critic", "critic_target": "critic_target",
 }  # fmt: skip
 
-# What a float32 number may be off, relative to 1 + |number|, in either precision; behind it the largest error in
-# single precision over the instruction sets of PyTorch, MKL and oneDNN with 1 and 2 threads, on an AMD EPYC, here
-# and with 17 observations, 6 actions, 10 steps, max-Q backup and weights 2.5 times as large. The largest number in
-# a chain is x_T / sqrt(alpha_bar_T), which is 12 x_T, up to 1.3; it is clipped only then.
+# What a float32 number may be off, relative to 1 + |number|, in either precision; behind it the largest
+# error in single precision over the instruction sets of PyTorch, MKL and oneDNN with 1 and 2 threads, on an
+# AMD EPYC, here and with 17 observations, 6 actions, 10 steps, max-Q backup and weights 2.5 times as large.
+# The largest number in a chain is x_T / sqrt(alpha_bar_T), which is 12 x_T, up to 1.3; it is clipped only
+# then.
 NUMBER = units(1.3 / diffusion_ql.vp_schedule(5).alpha_bar[-1] ** 0.5)  # 7.7e-6
 LATER_NUMBER = 1e-4  # 1.6e-5, in the second and third update
 GRADIENT = 2e-4  # 5.3e-6

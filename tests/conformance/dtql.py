@@ -32,12 +32,13 @@ OF_LEFT_OUT_TARGETS = {"ema_decay", "step_start_ema", "update_ema_every"}
 LEFT_OUT_TARGETS = ("bc_actor_target.", "distill_actor_target.", "critic_target.v_model.")
 NETWORKS = {"bc_actor": "denoiser", "critic": "critic", "distill_actor": "actor"}  # golden name: ours
 
-# What a float32 number may be off, relative to 1 + |number|, in either precision; behind it the largest error in
-# single precision over the instruction sets of PyTorch, MKL and oneDNN with 1 and 2 threads, on an AMD EPYC, here
-# and with 29 observations, 8 actions and weights 2.5 times as large. Numbers after an optimizer step are off by
-# more: where a gradient is all rounding, Adam moves the weight by its learning rate either way. In this file that
-# is so for 11 of the critics' 274,434 weights; they alone are why the policy's first gradients, taken after the
-# critics' first step, are off by up to 1.5e-4: with the critics of the double-precision run it is 9e-7.
+# What a float32 number may be off, relative to 1 + |number|, in either precision; behind it the largest
+# error in single precision over the instruction sets of PyTorch, MKL and oneDNN with 1 and 2 threads, on an
+# AMD EPYC, here and with 29 observations, 8 actions and weights 2.5 times as large. Numbers after an
+# optimizer step are off by more: where a gradient is all rounding, Adam moves the weight by its learning
+# rate either way. In this file that is so for 11 of the critics' 274,434 weights; they alone are why the
+# policy's first gradients, taken after the critics' first step, are off by up to 1.5e-4: with the critics of
+# the double-precision run it is 9e-7.
 NUMBER = units(10)  # 1.1e-6; a loss of the denoiser has 1 / c_out inside, too
 GRADIENT = 3e-4  # 1.3e-4, through layer normalisation, which divides by a deviation
 STEPPED_NUMBER = 5e-4  # 3.0e-5
