@@ -61,7 +61,7 @@ def test_every_task_has_its_published_settings(script):
         args, sources = resolve(script, task)
         assert {name: getattr(args, name) for name in expected} == expected, task
         assert sources.pop("env_id") == ("default" if task == script.Args.env_id else "given"), task
-        row = "task" if task in script.TASK_SETTINGS else "row (antmaze-umaze-v0)"  # DTQL's antmaze-umaze-v2
+        row = "task" if task in script.TASK_SETTINGS else f"row ({task[:-1]}0)"  # DTQL's mazes-v2
         assert set(sources.values()) <= {row, "default"}, task
 
 
