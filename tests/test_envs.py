@@ -1,9 +1,6 @@
 """Environments of all tasks: sizes, units, limits, and what they are refused for."""
 
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import gymnasium
@@ -110,7 +107,8 @@ def test_environments_are_made_silently_and_only_ours(tmp_path):
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
         "import warnings; warnings.simplefilter('always')\n"
-        "from common.envs import make_env; from common.tasks import find_task; from types import SimpleNamespace\n"
+        "from common.envs import make_env; from common.tasks import find_task\n"
+        "from types import SimpleNamespace\n"
         f"for task in {tasks}:\n"
         "    env = make_env(find_task(task), SimpleNamespace(env_kwargs=())); env.reset(seed=0)\n"
         "    env.step(env.action_space.sample())\n"
@@ -156,7 +154,7 @@ def test_arguments_of_an_environment(tmp_path):
     ):
         env = make_env("Hopper-v4", *words)
         assert (env.unwrapped._healthy_reward, env.spec.max_episode_steps) == (3.0, 7)
-    assert make_env("Hopper-v4", "xml_file=hopper.xml").spec.kwargs["xml_file"] == "hopper.xml"
+    assert make_env("Walker2d-v5", "xml_file=walker2d_v5.xml").spec.kwargs["xml_file"] == "walker2d_v5.xml"
     for words in (["healthy_reward"], ["{healthy_reward: 3}"]):
         with pytest.raises(
             UserError, match=f"--env-kwargs {re.escape(words[0])} is neither .*JSON.* nor key=value"
@@ -219,11 +217,12 @@ def test_what_mujoco_gl_names_need_not_work_where_nothing_is_drawn(name, tmp_pat
     given = dict(env_id="hopper-mini-v0", run_dir=tmp_path, reward_tune="none") | AGENTS["dac"][1]
     words = to_words(**given | dict(total_steps=2, eval_every=2))
     code, out, err = finish(python("dac.py", *words, cwd=ROOT, env={"MUJOCO_GL": name}))
-    assert code == 0 and "finished at step 2" in out, err
+    assert code == 0 and "finished: " in out, err
 
 
 def test_a_film_that_cannot_be_drawn_names_mujoco_gl():
-    code = "from types import SimpleNamespace; from common.envs import make_env; from common.tasks import find_task\n"
+    code = "from common.envs import make_env; from common.tasks import find_task\n"
+    code += "from types import SimpleNamespace\n"
     code += "make_env(find_task('Hopper-v4'), SimpleNamespace(env_kwargs=()), 'rgb_array')"
     _, _, err = finish(python("-c", code, cwd=ROOT, env={"MUJOCO_GL": "bogus"}))
     assert "UserError" in err and "MUJOCO_GL is bogus: does that work here?" in err
@@ -255,7 +254,6 @@ def test_other_observations(space, size, toy, tmp_path):
         {"observations": Dict(place=Box(-1, 1, (2,)), kind=Discrete(3))},
         {"observations": Box(-1, 1, (0,))},
         {"actions": Discrete(3)},
-        {"actions": Box(-1, 1, (0,))},
         {"actions": Box(-1, 1, (2, 2))},
         {"actions": Box(-np.inf, np.inf, (2,))},
         {"actions": Box(0, 5, (2,), np.int32)},
