@@ -1,17 +1,16 @@
 """D4RL's AntMaze, Adroit and Kitchen, rebuilt: observations, rewards, horizons, starts, ends."""
 
 import os
-from importlib import metadata
+from types import SimpleNamespace
 
 import gymnasium
 import h5py
-import mujoco
 import numpy as np
 import pytest
 
+from common import envs
 from common.d4rl_envs import HAND_TO_OBJECT, make_d4rl_env
-from common.envs import make_env
-from common.tasks import D4RL_TASKS, UserError
+from common.tasks import D4RL_TASKS, find_task
 
 ADROIT = ["pen-human-v1", "door-human-v1", "hammer-human-v1", "relocate-human-v1"]
 D4RL_MAZES = {  # of d4rl/locomotion/maze_env.py: # wall, S start, G goal
@@ -38,6 +37,10 @@ D4RL_MAZES = {  # of d4rl/locomotion/maze_env.py: # wall, S start, G goal
         "############",
     ],
 }
+
+
+def make_env(name):
+    return envs.make_env(find_task(name), SimpleNamespace(env_kwargs=()))
 
 
 def random_steps(env, count, seed=0):
@@ -67,7 +70,7 @@ def random_steps(env, count, seed=0):
     ],
 )
 def test_sizes_seeds_and_horizon(task, obs_dim, action_dim):
-    env = make_env(task, obs_dim, action_dim)
+    env = make_env(task)
     first, _ = env.reset(seed=3)
     assert first.shape == env.observation_space.shape == (obs_dim,) and first.dtype == np.float64
     assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
@@ -93,7 +96,7 @@ def test_episodes_are_cut_at_the_horizon(task):
 @pytest.mark.parametrize("size", ["umaze", "medium", "large"])
 def test_antmaze_has_walls_start_and_goal_where_d4rl_has_them(size):
     """Cell (row, column) of D4RL's map is centred at 4 (column - 1), 4 (row - 1), in its frame."""
-    env = make_d4rl_env(f"antmaze-{size}", horizon=1000)
+    env = make_d4rl_env(f"antmaze-{size}", max_episode_steps=1000)
     model, origin = env.maze.ant_env.model, env.origin
     blocks = [i for i in range(model.ngeom) if model.geom(i).name.startswith("block")]
     walls = {tuple(np.round(model.geom_pos[i, :2] - origin, 9)) for i in blocks}
@@ -115,7 +118,7 @@ def test_antmaze_has_walls_start_and_goal_where_d4rl_has_them(size):
 
 def test_antmaze_observes_a_state_of_the_data_as_it_was_recorded():
     """qpos (15), beginning with x and y in D4RL's frame, and qvel (14)."""
-    env = make_d4rl_env("antmaze-umaze-v2", 700)
+    env = make_d4rl_env("antmaze-umaze-v2", max_episode_steps=700)
     env.reset(seed=0)
     joints, velocities = np.linspace(-0.5, 1, 8), np.linspace(-2, 3, 14)
     recorded = np.array([8.3, 0.7, 0.6, 0.9, 0.1, -0.2, 0.37, *joints, *velocities])
@@ -132,7 +135,7 @@ def place_ant(env, obs):
 
 
 def test_antmaze_rewards_and_ends_within_half_a_metre_of_the_goal():
-    env = make_d4rl_env("antmaze-large-play-v2", 1000)
+    env = make_d4rl_env("antmaze-large-play-v2", max_episode_steps=1000)
     start, _ = env.reset(seed=0)
     for distance in (0.4, 0.48, 0.55, 1.0):
         obs = start.copy()
@@ -146,7 +149,7 @@ def test_antmaze_rewards_and_ends_within_half_a_metre_of_the_goal():
 
 def test_antmaze_has_the_ant_of_d4rl():
     """d4rl/locomotion/assets/ant.xml: steps of 0.02 s, five a step, torques up to 30, solimp .8 .8 .01."""
-    env = make_d4rl_env("antmaze-umaze-v2", 700)
+    env = make_d4rl_env("antmaze-umaze-v2", max_episode_steps=700)
     env.reset(seed=0)
     ant = env.maze.ant_env
     env.step(np.full(8, 0.5))
@@ -158,7 +161,7 @@ def test_antmaze_has_the_ant_of_d4rl():
 
 def test_the_ant_is_stopped_by_the_walls():
     """From the start, pushed left for a second, it stays in the first column (wall's face at x = -2)."""
-    env = make_d4rl_env("antmaze-umaze-v2", 700)
+    env = make_d4rl_env("antmaze-umaze-v2", max_episode_steps=700)
     obs, _ = env.reset(seed=0)
     for _ in range(30):
         obs[15:17] = -5, 0
@@ -239,21 +242,6 @@ def test_the_pen_ends_when_it_drops():
         if steps[-1][2]:
             return
     pytest.fail("no pen was dropped in five episodes")
-
-
-def test_adroit_version_2_is_taken_as_it_is(monkeypatch):
-    """A later gymnasium-robotics has version 2, with D4RL's sign, which is not to be corrected."""
-    corrected = make_env("door-human-v1")
-    spec = gymnasium.spec("AdroitHandDoor-v1")
-    monkeypatch.setitem(gymnasium.registry, "AdroitHandDoor-v2", spec)
-    plain = make_env("door-human-v1")
-    rewards = []
-    for env in (corrected, plain):
-        env.reset(seed=0)
-        rewards.append(env.step(np.zeros(28)))
-    np.testing.assert_array_equal(rewards[0][0], rewards[1][0])
-    hand_to_object = np.linalg.norm(rewards[0][0][35:38])
-    assert rewards[1][1] - rewards[0][1] == pytest.approx(0.2 * hand_to_object) and hand_to_object > 0.01
 
 
 @pytest.mark.slow
@@ -351,28 +339,3 @@ def test_kitchens_share_the_model_but_not_the_state():
     assert np.abs(first.unwrapped.data.qpos - before).max() > 0.01
     door = make_env("door-human-v1"), make_env("door-human-v1")
     assert door[0].unwrapped.model is not door[1].unwrapped.model  # their resets change it
-
-
-# --- what is missing ---
-
-
-def test_gymnasium_robotics_is_missing_or_too_old(monkeypatch):
-    def version(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", version)
-    install = "pip install gymnasium-robotics==1.4.2\n--eval-episodes 0 trains without evaluation"
-    with pytest.raises(UserError, match=f"pen-human-v1: it needs the package gymnasium-robotics: {install}"):
-        make_env("pen-human-v1")
-    monkeypatch.setattr(metadata, "version", lambda name: "1.3.1")
-    with pytest.raises(UserError, match=f"needs gymnasium-robotics 1.4.2 or newer, found 1.3.1: {install}"):
-        make_env("antmaze-umaze-v0")
-    make_env("hopper-medium-v2")  # does not need it
-
-
-def test_mujoco_is_too_new_for_the_kitchen(monkeypatch):
-    monkeypatch.setattr(mujoco, "__version__", "3.12.0")
-    message = "it needs mujoco 3.11 or older, found 3.12.0: pip install mujoco==3.11.0"
-    with pytest.raises(UserError, match=message):
-        make_env("kitchen-mixed-v0")
-    make_env("pen-human-v1")

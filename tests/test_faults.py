@@ -29,6 +29,7 @@ import dac
 import dtql
 import qvpo_online
 from common.bandits import Bandit
+from common.checkpoints import load_checkpoint
 from common.cli import UserError, run_command
 from common.datasets import load_dataset
 from common.runs import Run
@@ -371,6 +372,7 @@ def test_a_checkpoint_that_another_process_writes_meanwhile(copy, tmp_path, monk
     assert [each["step"] for each in results_of(copy)["evaluations"]] == [6, 12, 18, 24, 30, 36]
 
 
+@pytest.mark.filterwarnings("ignore:flock not supported")
 @pytest.mark.parametrize("name", ["ENOLCK", "ENOTSUP", "ENOSYS"])
 def test_a_file_system_without_locks(name, tmp_path, monkeypatch):
     def flock(*arguments):
@@ -499,7 +501,7 @@ def test_a_damaged_checkpoint(copy):
         one_bit_off[place] ^= 1
         path.write_bytes(one_bit_off)
         try:
-            found = common.runs.load_checkpoint(path)
+            found = load_checkpoint(path)
         except UserError:
             seen += 1
         else:
@@ -628,4 +630,4 @@ def test_a_replay_that_does_not_fit_into_memory(tmp_path, monkeypatch, capsys):
         run_command(qvpo_online.train, qvpo_online.Args, qvpo_online.TASK_SETTINGS)
     gymnasium.registry.pop("Camera-v0")
     assert exit_info.value.code == 2 and Camera.steps == 0 and not (tmp_path / "runs").exists()
-    assert re.search(r"1,000,000 transitions take 221.2 GB, .*: lower --replay-size", capsys.readouterr().err)
+    assert re.search(r"1,000,000 transitions take 221.2 GB.*: lower --replay-size", capsys.readouterr().err)
