@@ -129,15 +129,6 @@ def test_fields_of_the_dataset(of_d4rl):
     assert all(array.flags.c_contiguous for array in arrays)
 
 
-def test_actions_outside_are_clipped_and_counted(of_d4rl, capsys):
-    actions = np.zeros((10, 3), np.float32)
-    actions[2] = 1.5, -2, 1
-    np.testing.assert_array_equal(of_d4rl(actions=actions).actions[2], [1, -1, 1])
-    assert "clipped 2 of 27 action values to [-1, 1]\n" in capsys.readouterr().out
-    of_d4rl()
-    assert "clipped" not in capsys.readouterr().out
-
-
 def test_bundled_task():
     data = load_dataset(find_task("hopper-mini-v0"))
     assert data.observations.shape[1] == 11 and data.actions.shape[1] == 3
@@ -204,11 +195,6 @@ def test_horizon_of_a_file_without_timeouts(tmp_path, capsys):
     path = write(tmp_path / "data.hdf5", **fields, rewards=np.ones(1500), terminals=np.zeros(1500))
     assert len(own(path, "Hopper-v4").rewards) == 1500 - 2
     assert "or after 1,000 steps as in Hopper-v4" in capsys.readouterr().out
-
-
-def test_other_columns_are_named(tmp_path, capsys):
-    own(write(tmp_path / "data.hdf5", weights=np.ones(10), goals=np.ones(10)))
-    assert "data.hdf5: ignored goals, weights\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["f2", "f8", ">f4", "gzip", "lzf", "column"])
@@ -331,14 +317,6 @@ def test_rows_that_were_never_written(add, tmp_path):
         own(path)
 
 
-def test_files_that_are_not_hdf5(tmp_path):
-    path = tmp_path / "data.hdf5"
-    for content in (b"", b"not hdf5", Path(write(path)).read_bytes()[:3000]):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=f"cannot read the data of {path}: "):
-            own(path)
-
-
 @pytest.mark.parametrize("name", ["none.hdf5", "folder", ""])
 def test_paths_without_a_file(name, tmp_path, monkeypatch):
     """In a resumed run a relative path is the checkpoint's, and seen from another folder."""
@@ -372,11 +350,6 @@ def test_unknown_tasks(task, nearest):
         find_task(task)
 
 
-def test_an_environment_has_no_transitions_of_its_own():
-    with pytest.raises(UserError, match="Hopper-v4 has no transitions.*--dataset"):
-        load_dataset(find_task("Hopper-v4"))
-
-
 @pytest.mark.parametrize(
     "name", ["mujoco/hopper/medium-v0", "D4RL/door/human-v2", "local/mine-v0", "a/b/d_e-v12"]
 )
@@ -386,13 +359,6 @@ def test_minari_ids(name, tmp_path, monkeypatch):
     Path(name).parent.mkdir(parents=True)
     Path(name).touch()
     assert not is_minari_id(name)  # it is a file
-
-
-@pytest.mark.parametrize(
-    "name", [HOPPER, "data/x.hdf5", "/x-v0", "../x-v0", "a/x", "~/x-v0", "Hopper-v4", "phys2d/Pendulum-v0"]
-)
-def test_not_minari_ids(name):
-    assert not is_minari_id(name)
 
 
 # --- Minari ---
@@ -445,19 +411,6 @@ def test_minari_goal_conditioned(minari_folder):
     env = make_env("local/reach-v0")
     np.testing.assert_array_equal(env.reset(seed=0)[0].astype(np.float32), data.observations[0])
     assert env.step(np.ones(2, np.float32))[1] == 8
-
-
-@minari_test
-def test_minari_data_for_another_task(minari_folder):
-    record("local/pendulum-v0", gymnasium.make("Pendulum-v1", max_episode_steps=20))
-    data = load_dataset(find_task("Pendulum-v1"), "local/pendulum-v0")
-    assert data.reference_returns is None
-    assert (
-        make_env("Pendulum-v1", "local/pendulum-v0").spec.max_episode_steps == 200
-    )  # of the task, not of the data
-    sizes = "size 3 and actions of size 1, the environment of hopper-mini-v0 11 and 3"
-    with pytest.raises(UserError, match=sizes):
-        make_env("hopper-mini-v0", "local/pendulum-v0")
 
 
 def change_metadata(folder, **changes):
@@ -522,12 +475,6 @@ def test_nobody_is_asked_when_a_file_is_given(task, minari_folder, monkeypatch):
                 make_envs(find_task(task), 1, args, data)
 
 
-def test_nobody_is_asked_for_a_local_minari_dataset(minari_folder, monkeypatch):
-    monkeypatch.setattr("minari.download_dataset", pytest.fail)
-    with pytest.raises(UserError, match="local/mine-v0"):
-        load_dataset(find_task("local/mine-v0"))
-
-
 @minari_test
 def test_four_runs_that_start_together(minari_folder):
     record("local/pendulum-v0", gymnasium.make("Pendulum-v1", max_episode_steps=20))
@@ -554,17 +501,6 @@ def test_a_minari_dataset_executes_nothing(lost, minari_folder):
     with pytest.raises(UserError, match="metadata.json lacks" if lost else "Hostile.* doesn't exist"):
         make_env("local/reach-v0")
     assert not victim.exists()
-
-
-@minari_test
-def test_a_minari_dataset_without_an_environment(minari_folder):
-    record("local/reach-v0", gymnasium.make("Reach-v0"))
-    change_metadata(minari_folder / "local/reach-v0", env_spec=None, eval_env_spec=None)
-    assert len(load_dataset(find_task("local/reach-v0")).rewards) == 15
-    with pytest.raises(
-        UserError, match="local/reach-v0 names no environment; --dataset takes it beside another"
-    ):
-        make_env("local/reach-v0")
 
 
 # --- Bandits ---
@@ -602,25 +538,6 @@ def test_bandit_data(task):
     assert bandit_reward(task, grid).max() <= 1
 
 
-def test_all_bandits_have_names():
-    assert list(BANDITS) == BANDIT_TASKS
-
-
-@pytest.mark.parametrize(("pattern", "count", "tops"), [("25gaussians", 25, 4), ("swissroll", 36, 1)])
-def test_rewards_near_the_centre_and_far_from_it(pattern, count, tops):
-    """Linear in a mode's distance from the centre, as in DTQL's toy study; the two add up to 1."""
-    near, far = f"bandit-{pattern}-v0", f"bandit-{pattern}-far-v0"
-    centres = BANDITS[far]
-    radius = np.linalg.norm(centres, axis=1)
-    expected = (radius - radius.min()) / np.ptp(radius)
-    np.testing.assert_allclose(bandit_reward(far, centres), expected, atol=1e-12)
-    np.testing.assert_allclose(bandit_reward(near, centres), 1 - expected, atol=1e-12)
-    assert len(centres) == count and np.sum(expected == 1) == tops
-    np.testing.assert_array_equal(BANDITS[near], centres[::-1])
-    gaps = np.linalg.norm(centres[:, None] - centres, axis=2) + 9 * np.eye(count)
-    assert gaps.min(axis=1).min() > 0.1 and gaps.min(axis=1).max() < 0.45
-
-
 # --- Rewards to train on ---
 
 
@@ -649,11 +566,6 @@ def test_reward_rules(rule):
     tuned, expected = tune_rewards(with_rewards([0, 1, 3, 2], [0, 1, 0, 1]), rule), TUNED[rule]
     assert tuned.dtype == np.float32
     np.testing.assert_allclose(tuned, expected, rtol=1e-6)
-
-
-def test_what_a_reward_rule_does_is_printed(capsys):
-    tune_rewards(with_rewards([0, 1, 3, 2], [0, 1, 0, 1]), "cql_antmaze")
-    assert "rewards by cql_antmaze: (reward - 0.5) / 0.25" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, finish, python, results_of, train
+from runs import results_of, train
 
 import dac
 from common.cli import UserError
@@ -47,46 +47,6 @@ def test_threads_and_precision():
 
 # --- Matrix products ---
 ZEN5 = "vendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t: avx512bw"
-PRODUCTS = """
-import sys
-from common.devices import use_device
-import torch
-use_device("cpu", 1, "highest")
-torch.manual_seed(0)
-a, b = torch.randn(4, 256, 120), torch.randn(4, 120, 64)
-found = []
-for dtype in (torch.float32, torch.float64):
-    a, b = a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
-    bias = a[:, :1, :64]
-    products = [a[0] @ b[0], a[0, ::2] @ b[0], a[0, :2] @ b[0], a @ b, a[:1].expand(4, -1, -1) @ b]
-    products += [torch.addmm(bias[0, 0], a[0], b[0]), torch.addmm(bias[0, 0], a[0], b[0], beta=2, alpha=3)]
-    products += [torch.baddbmm(bias, a, b)]
-    for product in products:
-        found += [product.detach(), *torch.autograd.grad(product.square().sum(), (a, b))]
-    found.append(torch.mm(a[0].data, b[0].data, out=torch.empty(256, 64, dtype=dtype)))
-torch.save(found, sys.argv[1])
-"""
-
-
-def test_products_of_onednn(tmp_path, monkeypatch):
-    """Forward and backward: single precision is the same to rounding, double precision to the last bit."""
-    monkeypatch.setenv("MATMUL_LIBRARY", "onednn")
-    try:
-        matmul_library()
-    except UserError as error:
-        pytest.skip(str(error))
-    found = []
-    for library in ("mkl", "onednn"):
-        path = tmp_path / library
-        env = dict(MATMUL_LIBRARY=library, ONEDNN_MAX_CPU_ISA="DEFAULT")
-        assert finish(python("-c", PRODUCTS, path, cwd=ROOT, env=env)) == (0, "", "")
-        found.append(torch.load(path))
-    single, double = ([each[part] for each in found] for part in (slice(25), slice(25, None)))
-    assert len(double[0]) == 25 and any(not torch.equal(*pair) for pair in zip(*single, strict=True))
-    for one, other in zip(*single, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
-    for one, other in zip(*double, strict=True):
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Downloads from a server on this machine, in ways in which they fail."""
 
 import hashlib
-import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from recordings import write
-from runs import ROOT, python, wait_for
 
 from common.cli import UserError
 from common.datasets import load_dataset
@@ -114,31 +112,6 @@ def test_a_source_that_fails(bad, tmp_path, sources):
     assert not list((tmp_path / "d4rl").iterdir())
     sources(bad, "good")
     assert is_there(tmp_path / "d4rl")
-
-
-def test_the_mirror_of_the_user_comes_first(tmp_path, sources, server, monkeypatch, capsys):
-    monkeypatch.setenv("D4RL_MIRROR", f"{server}/good")
-    sources("missing", "missing")
-    assert is_there(tmp_path / "d4rl")
-    assert capsys.readouterr().out.count("downloading") == 1
-
-
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_download_leaves_no_file_of_that_name(end, tmp_path, sources):
-    sources("stalled", "missing")
-    code = (
-        "from common import datasets, tasks\n"
-        f"tasks.D4RL.update({ {key: D4RL[key] for key in ('url', 'mirror')} })\n"
-        f"tasks.D4RL_TASKS[{TASK!r}] = {D4RL_TASKS[TASK]!r}\n"
-        f"datasets.load_dataset(tasks.find_task({TASK!r}))\n"
-    )
-    folder, process = tmp_path / "d4rl", python("-c", code, cwd=ROOT)
-    wait_for(lambda: folder.exists() and list(folder.iterdir()), process)
-    process.send_signal(end)
-    process.communicate()
-    assert not (folder / NAME).exists()
-    sources("good", "missing")
-    assert len(load_dataset(find_task(TASK)).rewards) == 2997
 
 
 def test_seeds_that_start_together_do_not_disturb_each_other(tmp_path, sources):

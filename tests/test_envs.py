@@ -70,21 +70,6 @@ def test_actions_are_scaled_to_the_environment():
     np.testing.assert_allclose(scaled.step(np.float32([0.5]))[0], plain.step(np.float32([1.0]))[0], atol=1e-6)
 
 
-def test_actions_are_clipped_as_in_d4rl():
-    """Otherwise MuJoCo would clip the torque, but the reward count the cost of the whole action."""
-    rewards = []
-    for size in (1, 3):
-        env = make_env("hopper-medium-v2")
-        env.reset(seed=0)
-        rewards.append(env.step(np.full(3, size, np.float32))[1])
-    assert rewards[0] == rewards[1]
-
-
-def test_tasks_without_an_environment_still_load(tmp_path):
-    with pytest.raises(UserError, match="environment of maze2d.* are not part of .*\n.*--eval-episodes 0"):
-        make_env("maze2d-umaze-v1", dataset=write(tmp_path / "data.hdf5"))
-
-
 def test_environment_of_another_size(tmp_path):
     path = write(tmp_path / "data.hdf5", actions=np.zeros((10, 4), np.float32))
     sizes = "size 11 and actions of size 4, the environment of hopper-medium-v2 11 and 3"

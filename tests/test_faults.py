@@ -1,13 +1,11 @@
 """The promises of a run, by their numbers in faults.md: what is left when something goes wrong, and said."""
 
-import contextlib
 import errno
 import io
 import math
 import os
 import pickle
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -171,27 +169,6 @@ def test_a_full_disk_at_each_operation(owner, name, finished, copy, monkeypatch)
     assert results_of(copy)["finished"] and load(copy)["step"] == 31
 
 
-@contextlib.contextmanager
-def full_disk(size):
-    """Within, no file can have more than so many bytes; pytest's own output, between tests, still can."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(copy):
-    """Of the operating system: files cannot grow."""
-    before = contents(copy)
-    with full_disk(20_000), pytest.raises(UserError, match=f"cannot write {copy}/.*: .*; make room or"):
-        resume(copy, dac, total_steps=30)
-    for name in ("checkpoint.pt", "results.json"):
-        assert (copy / name).read_bytes() == before[copy / name]
-    assert not list(copy.glob("*.tmp"))
-
-
 # === 2: signals ===
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize(
@@ -235,17 +212,6 @@ def test_a_signal_in_the_pretraining(finished, tmp_path, monkeypatch):
     assert len(calls) == 10
     assert_same_run(folder, finished(dtql))
     assert curves_of(folder) == curves_of(finished(dtql))
-
-
-def test_a_command_stopped_by_a_signal(tmp_path, monkeypatch):
-    process = runs.tiny_command(tmp_path / "stopped", total_steps=10**5)
-    runs.wait_for(lambda: list(tmp_path.glob("stopped/*/results.json")), process)
-    process.send_signal(signal.SIGTERM)
-    code, out, _ = finish(process)
-    folder = folder_in(tmp_path / "stopped")
-    step = load(folder)["step"]
-    assert code == 130 and f"step {step:,} after " in out
-    runs.assert_same_state(folder, stopped(tmp_path / "here", monkeypatch, step, total_steps=10**5))
 
 
 HANGS = """
@@ -362,14 +328,6 @@ def test_an_environment_that_fails(script, method, call, step, finished, tmp_pat
 
 
 # === 4: one process per folder ===
-def test_a_checkpoint_that_another_process_writes_meanwhile(copy, tmp_path, monkeypatch):
-    """A resume goes on from what is there once the folder is its own."""
-    newer = Path(shutil.copytree(copy, tmp_path / "newer"))
-    resume(newer, dac, total_steps=30)
-    take = lambda: shutil.copy(newer / "checkpoint.pt", copy)  # noqa: E731
-    before_call(monkeypatch, common.runs, "lock_folder", at={1: take})
-    resume(copy, dac, total_steps=36)
-    assert [each["step"] for each in results_of(copy)["evaluations"]] == [6, 12, 18, 24, 30, 36]
 
 
 @pytest.mark.filterwarnings("ignore:flock not supported")
@@ -384,17 +342,6 @@ def test_a_file_system_without_locks(name, tmp_path, monkeypatch):
     folder = train(tmp_path, dac, total_steps=2)
     resume(folder, dac, total_steps=4)
     assert results_of(folder)["step"] == 4
-
-
-def test_a_folder_that_cannot_be_locked_for_another_reason(tmp_path, monkeypatch):
-    def flock(*arguments):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(
-        filelock._unix, "fcntl", SimpleNamespace(**vars(filelock._unix.fcntl) | {"flock": flock})
-    )
-    with pytest.raises(UserError, match="Input/output error"):
-        train(tmp_path, dac)
 
 
 # === 5: numbers that are not finite ===
@@ -573,36 +520,6 @@ def test_data_that_changed_since_the_start(tmp_path, monkeypatch):
         resume(folder, dac)
     resume(folder, dac, dataset=other)
     assert results_of(folder)["finished"] and other in results_of(folder)["data"]
-
-
-def test_the_hours_before_a_resume_count(copy):
-    saved = load(copy)
-    saved["results"]["train_seconds"] = 1000.0
-    torch.save(saved, copy / "checkpoint.pt")
-    resume(copy, dac, total_steps=25)
-    assert results_of(copy)["train_seconds"] > 1000
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=f"cannot write into {tmp_path}/.*choose another --run-dir"):
-        train(tmp_path / "file", dac)
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_the_home_folder_in_paths(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    dac.train(runs.tiny_settings(dac, run_dir="~/runs", total_steps=1))
-    resume(f"~/runs/{folder_in(tmp_path / 'runs').name}", dac, total_steps=2)
-    assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
-
-
-def test_letters_that_the_screen_cannot_show(finished, tmp_path):
-    process = runs.tiny_command(tmp_path / "Läufe 🏃 跑", env=dict(LC_ALL="C", PYTHONIOENCODING="ascii"))
-    code, out, _ = finish(process)
-    assert code == 0 and r"L\xe4ufe \U0001f3c3 \u8dd1" in out
-    assert_same_run(folder_in(tmp_path / "Läufe 🏃 跑"), finished(dac))
 
 
 # === Memory ===

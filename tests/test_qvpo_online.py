@@ -13,8 +13,6 @@ from runs import before_call, train
 import qvpo_online
 from common.bandits import Bandit
 from common.cli import UserError, settings_for
-from common.envs import make_envs
-from common.tasks import find_task
 from qvpo_online import Batch, Experience
 
 CPU = torch.device("cpu")
@@ -37,23 +35,6 @@ def test_candidates_are_the_same_however_many_pass_at_a_time(float64):
         alone, q_alone = agent.candidates(obs, noise[:, j : j + 1])
         torch.testing.assert_close(actions[j : j + 1], alone)
         torch.testing.assert_close(q[j : j + 1], q_alone)
-
-
-def test_uniform_actions_fill_the_cube():
-    actions = small_agent().draw(1000).uniform_actions
-    assert actions.shape == (10, 1000, DIMS)
-    assert -1 <= actions.min() < -0.99 and 0.99 < actions.max() <= 1
-    assert actions.mean().abs() < 0.03 and (actions.var() - 1 / 3).abs() < 0.02
-
-
-def test_initial_weights():
-    torch.manual_seed(0)
-    agent = qvpo_online.QVPO(obs_dim=40, action_dim=8, args=qvpo_online.Args(), device=CPU)
-    actor, critic = agent.actor.layers, agent.critic.layers
-    for weight, n_in in [(actor[0].weight, 80), (actor[1].weight, 256), (critic[0].weight, 48)]:
-        assert weight.std().item() == pytest.approx(0.5 / math.sqrt(n_in), rel=0.02)
-        assert weight.abs().max() > 1.5 / math.sqrt(n_in)  # not cut off at two or three standard deviations
-    assert not actor[0].bias.any() and not critic[0].bias.any()
 
 
 # --- The update ---
@@ -139,22 +120,6 @@ def test_time_limits(ends_after, limit, flag, terminal):
     assert data.obs[:6, 0].tolist() == [0, 1, 2, 0, 1, 2]
     assert data.next_obs[:6, 0].tolist() == [1, 2, 3, 1, 2, 3]  # never that of the next episode
     assert data.reward[:6].tolist() == [1, 2, 3, 1, 2, 3]
-
-
-def test_the_oldest_transitions_are_replaced():
-    experience = experience_in(Counter(), 4)
-    play(experience, 6)
-    assert experience.data.obs[:, 0].tolist() == [4, 5, 2, 3]
-    expected = [np.random.default_rng(i).uniform(-1, 1, 2).astype(np.float32) for i in (4, 5, 2, 3)]
-    np.testing.assert_array_equal(experience.data.action, expected)
-
-
-def test_actions_are_stored_as_the_agent_gave_them():
-    experience = experience_in(
-        make_envs(find_task("Pendulum-v1"), 1, qvpo_online.Args())[0]
-    )  # whose actions are in [-2, 2]
-    experience.step(np.array([0.5], np.float32))
-    assert experience.data.action[0].item() == 0.5
 
 
 @pytest.mark.parametrize("capacity", [4, 50])

@@ -96,11 +96,6 @@ def test_a_task_without_a_row_has_that_of_its_domain(script, task, rows):
     assert {name for name, source in sources.items() if source == word} == row.keys()
 
 
-def test_locomotion_without_a_row_has_the_defaults(script):
-    for task in ("hopper-random-v2", "ant-expert-v2", "mujoco/hopper/medium-v0"):
-        assert resolve(script, task)[0] == replace(script.Args(), env_id=task)
-
-
 # === The command line ===
 def parsed(*words, script=dac):
     args = parse_args(script.Args, script.TASK_SETTINGS, words)
@@ -211,11 +206,3 @@ def test_a_mistake_is_one_message(script, words, message, tmp_path, monkeypatch,
     assert exit_info.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(("flag", "value"), [("--seed", "nan"), ("--reward-tune", "fair")])
-def test_an_argument_of_another_type(flag, value, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        parsed(flag, value)
-    assert exit_info.value.code == 2
-    assert flag in capsys.readouterr().err
