@@ -122,8 +122,10 @@ def parse_kwargs(words: tuple[str, ...]) -> dict[str, Any]:
 
 def check_spaces(name: str, observations: Any, actions: Any) -> None:
     """UserError unless observations are numbers and actions are vectors of real numbers in bounds."""
-    boxes = list(observations.values()) if isinstance(observations, Dict) else [observations]
-    numbers = all(isinstance(box, Box) and 0 not in box.shape for box in boxes)
+    spaces, numbers = [observations], True
+    for space in spaces:  # which grows by what is in a Dict
+        spaces += space.values() if isinstance(space, Dict) else []
+        numbers &= isinstance(space, Dict) or (isinstance(space, Box) and 0 not in space.shape)
     vectors = isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded()
     if not (numbers and vectors and actions.dtype.kind == "f" and (actions.low < actions.high).all()):
         needed = "numbers (Box, or a Dict of them) and a bounded continuous vector (Box)"
