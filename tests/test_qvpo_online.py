@@ -16,7 +16,7 @@ import pytest
 import reference
 import torch
 from agents import check_no_waiting, random_batch
-from pictures import FourModes, trained_online
+from claims import FourModes, trained_online
 from runs import before_call, folder_in, load, resume, train
 
 CPU = torch.device("cpu")
@@ -330,7 +330,7 @@ def test_the_entropy_term_keeps_the_policy_wide():
         samples = [
             actions
             for seed in (0, 1)
-            for actions in trained_online([500, 600, 750], seed, **cheap, **changes).values()
+            for actions in trained_online([500, 600, 750], seed, **cheap, **changes)
         ]
         distances = [np.linalg.norm(actions[:, None] - FourModes.modes, axis=2) for actions in samples]
         widths.append(np.mean([actions.std(0).mean() for actions in samples]))

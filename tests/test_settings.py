@@ -23,10 +23,10 @@ from common.settings import Bound, check_bounds, parse_args, settings_for, sourc
 from common.tasks import BANDIT_TASKS, BUNDLED, UserError, check_task, table_names
 
 import benchmark
+import claims
 import collect
 import evaluate
 import parity
-import pictures
 import pytest
 import speed
 from runs import results_of, train
@@ -162,8 +162,8 @@ def test_every_number_has_a_bound(script):
     assert [name for name in values if isinstance(values[name], tuple)] == ["hidden_dims"]
 
 
-TOOLS = (benchmark, collect, evaluate, parity, pictures, speed)
-NEEDED = {benchmark: ["dac"], evaluate: Path("run"), pictures: "all", speed: ["dac"]}  # their first argument
+TOOLS = (benchmark, claims, collect, evaluate, parity, speed)
+NEEDED = {benchmark: ["dac"], claims: "all", evaluate: Path("run"), speed: ["dac"]}  # their first argument
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
