@@ -20,7 +20,7 @@ PATTERNS = ("corners", "8gaussians", "moons", "spiral")
 
 @dataclass
 class Args:
-    """Every script in every bandit: actions as in an evaluation, and, only as numbers, of the policy alone."""
+    """Every script in every bandit, as in an evaluation, and, as numbers only, the policy alone."""
 
     output: str = str(toolbox.ROOT / "docs" / "results")  # folder for bandits.png
     seeds: tuple[NonNegative[int], ...] = (0, 1, 2)  # of the training; the picture is of the first
