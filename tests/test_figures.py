@@ -74,7 +74,7 @@ def test_rows_are_means_and_seeds(capsys):
 )
 def test_errors_before_anything_is_trained(name, output, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(claims, "dac_guidance", None)
+    monkeypatch.setitem(claims.CLAIMS, "dac_guidance", None)  # which would fail otherwise
     assert run(monkeypatch, name, "--output", tmp_path / output) == 2
     error = capsys.readouterr().err
     assert error.startswith(message) and "Traceback" not in error
