@@ -1,5 +1,7 @@
 """Returns -> D4RL's normalized score: 0 is a random policy, 100 an expert (not capped at either end)."""
 
+Reference = tuple[float, float] | None  # the returns that score 0 and 100; None: unknown
+
 # Undiscounted episode returns that score 0 and 100, shared by all datasets and versions of an environment.
 # From D4RL's infos.py, and kept where they are off: a random policy in Hopper returns +19, not -20.
 REFERENCE_RETURNS = {
@@ -23,7 +25,7 @@ REFERENCE_RETURNS = {
 }
 
 
-def reference_returns(task):
+def reference_returns(task: str) -> Reference:
     """The returns that score 0 and 100 in a D4RL, bundled, bandit or Gymnasium task; None if unknown."""
     if task.endswith("-v5"):  # Gymnasium's v5 environments changed rewards and dynamics: not comparable
         return None
@@ -37,20 +39,20 @@ def normalized_score(returns, reference):
     return 100 * (returns - zero) / (hundred - zero)
 
 
-def scored(episode_return, reference):
+def scored(episode_return: float | None, reference: Reference) -> dict:
     """A return beside its normalized score, which is None where the task has no reference returns."""
     score = None if None in (episode_return, reference) else normalized_score(episode_return, reference)
     return {"return": episode_return, "score": score}
 
 
-def show(result):
+def show(result: dict) -> str:
     """The score where there is one, else the return, as text."""
     if result["score"] is not None:
         return f"score {result['score']:.1f}"
     return "unknown" if result["return"] is None else f"return {result['return']:.5g}"
 
 
-def summarize(evaluations, reference):
+def summarize(evaluations: list[dict], reference: Reference) -> dict[str, dict]:
     """The final evaluation, the best one (OMS) and the mean of the last ten (RAT); {} if there is none."""
     means = [evaluation["return_mean"] for evaluation in evaluations]
     if not means:

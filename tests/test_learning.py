@@ -13,12 +13,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from common.tasks import UserError
-
 import numpy as np
 import parity
 import pytest
 from matplotlib.image import imread
+
+from common.tasks import UserError
 
 MORE = Path(os.environ.get("GOLDEN_DIR") or parity.GOLDEN)  # may also hold files for test_conformance.py
 FOLDERS = dict.fromkeys([parity.GOLDEN, MORE, MORE / "learning"])

@@ -26,6 +26,10 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Literal
 
+import torch
+from rich.live import Live
+from rich.table import Column, Table
+
 import toolbox
 from common import runs
 from common.checkpoints import cannot_write
@@ -33,10 +37,6 @@ from common.datasets import load_dataset
 from common.envs import make_env, make_online_env
 from common.settings import NonNegative, Positive, UnitInterval, check_bounds, parse_args
 from common.tasks import UserError, check_task, user_path
-
-import torch
-from rich.live import Live
-from rich.table import Column, Table
 
 PASSED_ON = ["D4RL_DATASET_DIR", "D4RL_MIRROR", "MINARI_DATASETS_PATH", "MUJOCO_GL"]  # to other machines
 TaskSet = Literal["d4rl", "d4rl-gym", "d4rl-antmaze", "d4rl-adroit", "d4rl-kitchen", "mujoco-online"]

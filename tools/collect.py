@@ -28,16 +28,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Literal, get_args
 
-import toolbox  # noqa: F401 (makes common/ importable)
-from common.checkpoints import FORMAT, cannot_write, load_checkpoint, lock_folder, write_atomically
-from common.devices import default_threads, use_device
-from common.envs import CheckedEnv, flattened, make_online_env, original_env
-from common.minari_data import to_unit_box
-from common.runs import raise_if_interrupted, run_command, stopping_between_steps
-from common.scores import normalized_score
-from common.settings import NonNegative, Positive, UnitInterval
-from common.tasks import BANDIT_TASKS, UserError, user_path
-
 import gymnasium as gym
 import h5py
 import minari
@@ -49,6 +39,16 @@ from minari.storage import get_dataset_path
 from stable_baselines3 import SAC
 from stable_baselines3.common.logger import Logger
 from tqdm import tqdm
+
+import toolbox  # noqa: F401 (makes common/ importable)
+from common.checkpoints import FORMAT, cannot_write, load_checkpoint, lock_folder, write_atomically
+from common.devices import default_threads, use_device
+from common.envs import CheckedEnv, flattened, make_online_env, original_env
+from common.minari_data import to_unit_box
+from common.runs import raise_if_interrupted, run_command, stopping_between_steps
+from common.scores import normalized_score
+from common.settings import NonNegative, Positive, UnitInterval
+from common.tasks import BANDIT_TASKS, UserError, user_path
 
 Kind = Literal["random", "medium", "medium-replay", "expert", "medium-expert"]
 KINDS = get_args(Kind)

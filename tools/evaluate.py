@@ -22,6 +22,15 @@ from timeit import Timer
 from types import ModuleType
 from typing import Annotated
 
+import gymnasium as gym
+import imageio.v2 as imageio
+import mujoco
+import numpy as np
+import torch
+import tyro
+from imageio_ffmpeg import count_frames_and_secs
+from torch import nn
+
 import toolbox
 from common.checkpoints import load_checkpoint
 from common.datasets import task_reference
@@ -31,15 +40,6 @@ from common.runs import run_command
 from common.scores import normalized_score
 from common.settings import Positive, check_bounds
 from common.tasks import UserError
-
-import gymnasium as gym
-import imageio.v2 as imageio
-import mujoco
-import numpy as np
-import torch
-import tyro
-from imageio_ffmpeg import count_frames_and_secs
-from torch import nn
 
 MOST_EPISODES = 10_000
 OPENGL = """

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Annotated
 from unittest import mock
 
+import numpy as np
+import torch
+import tyro
+
 import toolbox
 from common.runs import Run, describe_machine, run_command
 from common.settings import NonNegative, Positive, check_bounds, parse_args
 from common.tasks import UserError
-
-import numpy as np
-import torch
-import tyro
 
 GOLDEN = toolbox.ROOT / "tests" / "golden" / "learning"
 # Half the height of the band around the mean of the authors' seeds, as a share of that mean.

@@ -23,14 +23,14 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
+import torch
+import tyro
+
 import toolbox
 from common.devices import about_processor, accelerated, default_threads, use_device
 from common.runs import run_command
 from common.settings import Positive, check_bounds, parse_args
 from common.tasks import UserError
-
-import torch
-import tyro
 
 # The process of one script. It imports the speed.py of the script's own checkout.
 WORKER = """

@@ -1,23 +1,30 @@
-"""From a script's Args and its table of tasks to the settings of one run, and where each of them came from.
+"""The command line: a user's mistakes, and the settings of a run with where each of them came from.
 
-A setting is what was given, else what the task's row has, else the default that stands in Args.
+A setting is what was given, else what the task's row of the script has, else the default that stands in Args.
 """
 
 import math
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-from common.checkpoints import load_checkpoint
-from common.tasks import UserError, table_names, user_path
-
 import tyro
-from typeguard import TypeCheckError, check_type
 
 Args = TypeVar("Args", bound=Any)  # the class Args of a script
 TaskSettings = dict[str, dict[str, object]]  # task or domain -> its row, whose values replace those in Args
+# First word of a task's name -> the domain of the task, and the version that the papers train on.
+DOMAINS = {"antmaze": ("antmaze", "v0"), "kitchen": ("kitchen", "v0"), "bandit": ("bandit", "v0")}
+DOMAINS |= dict.fromkeys(("pen", "door", "hammer", "relocate"), ("adroit", "v1"))
 
 
+class UserError(Exception):
+    """A mistake of the user's: the scripts print the message, without a traceback, and exit with code 2."""
+
+
+# === A number's bound ===
 class Bound(NamedTuple):
     """What a number must be; NaN is outside of every bound."""
 
@@ -31,25 +38,57 @@ NonNegative = Annotated[Number, Bound("at least 0 and below 2^63", lambda number
 UnitInterval = Annotated[Number, Bound("from 0 to 1", lambda number: 0 <= number <= 1)]
 Finite = Annotated[Number, Bound("finite", math.isfinite)]
 Even = Annotated[Number, Bound("even and at least 4", lambda number: number >= 4 and number % 2 == 0)]
+Threads = Annotated[Number, Bound("from 1 to 1024, above which PyTorch may crash", lambda n: 0 < n <= 1024)]
+
+
+def run_command(main: Callable, args_class: type, task_settings: TaskSettings | None = None) -> None:
+    """Run main(the arguments on the command line), of a script or, without task_settings, of a tool.
+
+    Exit codes: 2 after a user's mistake, with one message; 130 after Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        args: Any = tyro.cli(args_class) if task_settings is None else parse_args(args_class, task_settings)
+        check_bounds(args)
+        main(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def check_bounds(args: object) -> None:
-    """UserError, with the name of the flag, where a value is not of its type in Args or outside its bound."""
+    """UserError, with the name of the flag, where a number is outside of its bound in Args."""
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        try:
-            check_type(value, kind)
-        except TypeCheckError as error:
-            raise UserError(f"{flag} is {value}; it must be of another type: {error}") from error
         numbers = value if isinstance(value, tuple) else (value,)
         if get_origin(kind) is tuple:
             kind = get_args(kind)[0]
-        if not numbers:
+        bounds = [each for each in getattr(kind, "__metadata__", ()) if isinstance(each, Bound)]
+        if bounds and not numbers:
             raise UserError(f"{flag} is empty; it must have at least one number")
-        for bound in getattr(kind, "__metadata__", ()):
+        for bound in bounds:
             for number in numbers:
-                if isinstance(bound, Bound) and not bound.holds(number):
+                if not bound.holds(number):
                     raise UserError(f"{flag} is {number}; it must be {bound.text}")
+
+
+def table_names(task: str) -> list[str]:
+    """What a task may be called in a table of settings, nearest first; only its own name if of no domain.
+
+    antmaze-umaze-v2, antmaze-umaze-v0, antmaze: the name itself, the version of the papers, the domain. For
+    Minari's copy D4RL/antmaze/umaze-v1 the last two are the same. Environments have a domain, too:
+    AntMaze_UMaze-v4 is called antmaze, AdroitHandDoor-v1 adroit, FrankaKitchen-v1 kitchen.
+    """
+    words = re.split("[-/_]", re.sub("^(D4RL/|AdroitHand|Franka)", "", task))  # family, kind and version
+    family = words[0].lower()
+    if family not in DOMAINS:
+        return [task]
+    domain, version = DOMAINS[family]
+    return [task, "-".join([family, *words[1:-1], version]), domain]
 
 
 def task_row(env_id: str, task_settings: TaskSettings) -> tuple[dict[str, object], str]:
@@ -97,15 +136,11 @@ def parse_args(
     first, _ = tyro.cli(_First, args=words, default=plain, return_unknown_args=True, add_help=False)
     if first.resume is None:
         return tyro.cli(args_class, args=words, default=settings_for(args_class, task_settings, first.env_id))
-    if not first.resume:
-        raise UserError("--resume is empty; it takes a checkpoint or a run folder")
-    checkpoint = load_checkpoint(user_path(first.resume))
+    from common.runs import load_checkpoint  # PyTorch, which --help and the tools can do without
+
+    checkpoint = load_checkpoint(Path(first.resume).expanduser())
     if checkpoint["args"].keys() != {field.name for field in fields(args_class)}:
         wrote = f"{checkpoint['results']['script']}.py, or another version of it"
         raise UserError(f"{first.resume} was written by {wrote}; resume it with that")
     saved = args_class(**checkpoint["args"])
-    try:
-        check_bounds(saved)
-    except UserError as error:
-        raise UserError(f"{first.resume} is damaged: {error}") from error
     return tyro.cli(args_class, args=words, default=replace(saved, resume=first.resume))
