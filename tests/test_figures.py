@@ -2,13 +2,13 @@
 
 import sys
 
-from common.runs import run_command
-
 import claims
 import numpy as np
 import pytest
 import speed
 from matplotlib.image import imread
+
+from common.cli import run_command
 
 
 @pytest.fixture(autouse=True)

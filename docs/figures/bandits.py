@@ -5,14 +5,14 @@ python docs/figures/bandits.py --output pictures --seeds 0
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+
+import claims
+from matplotlib import pyplot as plt
 
 import toolbox
 from common.runs import run_command
 from common.settings import NonNegative
-from common.tasks import user_path
-
-import claims
-from matplotlib import pyplot as plt
 
 SCRIPTS = ("diffusion_ql", "dac", "dtql", "edp_td3", "edp_crr", "edp_iql", "qvpo_online")
 PATTERNS = ("corners", "8gaussians", "moons", "spiral")
@@ -22,12 +22,12 @@ PATTERNS = ("corners", "8gaussians", "moons", "spiral")
 class Args:
     """Every script in every bandit, as in an evaluation, and, as numbers only, the policy alone."""
 
-    output: str = str(toolbox.ROOT / "docs" / "results")  # folder for bandits.png
+    output: Path = toolbox.ROOT / "docs" / "results"  # folder for bandits.png
     seeds: tuple[NonNegative[int], ...] = (0, 1, 2)  # of the training; the picture is of the first
 
 
 def main(args: Args) -> None:
-    path = user_path(args.output) / "bandits.png"
+    path = args.output / "bandits.png"
     toolbox.write_output(path, b"")  # fails, if it does, before an hour of training
     claims.use_device("cpu", num_threads=1, matmul_precision="highest")
     figure, panels = claims.grid(len(PATTERNS), len(SCRIPTS))

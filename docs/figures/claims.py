@@ -1,7 +1,6 @@
 """The headline claims of the papers, each shown in minutes on one core of a CPU.
 
-    python docs/figures/claims.py dac_guidance                  # docs/claims/dac_guidance.png
-    python docs/figures/claims.py dtql_kl --seeds 0             # of the training; by default 0 1 2
+    python docs/figures/claims.py dac_guidance                  # docs/claims/dac_guidance.png; seeds 0 1 2
 
 Each trains what it needs, prints the rows of its table in docs/claims.md, and draws its figure.
 """
@@ -21,24 +20,24 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import toolbox
-from common.bandits import BANDITS, Bandit, bandit_reward
-from common.checkpoints import load_checkpoint
-from common.datasets import load_dataset, task_reference
-from common.devices import use_device
-from common.envs import make_env
-from common.runs import run_command
-from common.scores import normalized_score
-from common.settings import NonNegative, settings_for
-from common.tasks import user_path
-
 import numpy as np
 import speed
 import torch
 import tyro
+from matplotlib import pyplot as plt
 from torch import nn
 
-plt, CPU = toolbox.pyplot(), torch.device("cpu")
+import toolbox
+from common.bandits import BANDITS, Bandit, bandit_reward
+from common.cli import NonNegative, run_command, settings_for
+from common.datasets import load_dataset
+from common.devices import use_device
+from common.envs import make_env
+from common.runs import load_checkpoint
+from common.scores import normalized_score, reference_returns
+from common.tasks import find_task
+
+CPU = torch.device("cpu")
 plt.rcParams |= {"figure.constrained_layout.use": True, "font.size": 8, "axes.titlesize": 9}
 SHARE = 1.0  # of all training steps; the tests take fewer
 LINE = np.linspace(-1, 1, 101)
@@ -50,7 +49,7 @@ class Args:
     """One claim, or all of them that take minutes."""
 
     claim: Annotated[str, tyro.conf.Positional]  # its name (docs/claims.md has them), or all
-    output: str = str(ROOT / "docs" / "claims")  # folder for <claim>.png
+    output: Path = ROOT / "docs" / "claims"  # folder for <claim>.png
     seeds: tuple[NonNegative[int], ...] = (0, 1, 2)  # of the training
 
 
@@ -72,7 +71,7 @@ def trained(script: str, task: str, seed: int, **changes) -> tuple[list[dict], n
         evaluations = module.train(args)["evaluations"]
         [path] = Path(folder).glob("*/checkpoint.pt")
         state = load_checkpoint(path)["agent"]
-    env = make_env(task)
+    env = make_env(find_task(task), args)
     agent = toolbox.agent_class(module)(*env.observation_space.shape, *env.action_space.shape, args, CPU)
     agent.load_state_dict(state)
     return evaluations, agent
@@ -143,7 +142,7 @@ def show(panel, task: str, name: str, found: list[np.ndarray], title: str = "") 
     near = [each.any(1).mean() for each in hits], [each[:, -1].mean() for each in hits]
     rewards = [bandit_reward(task, each).mean() for each in found]
     row(name, near_data=near[0], near_best=near[1], modes=modes, reward=rewards)
-    draw(panel, title or name, load_dataset(task).actions, actions=found[0])
+    draw(panel, title or name, load_dataset(find_task(task)).actions, actions=found[0])
 
 
 def speeds(task: str, obs_dim: int, action_dim: int, commands: list[str]):
@@ -178,8 +177,9 @@ def sweep(panel, agents: list, task: str, knob: str, values: tuple, **others) ->
     scores, evaluate = [], sys.modules[type(agents[0]).__module__].evaluate
     for value in values:
         acting = [acting_with(agent, **others | {knob: value}) for agent in agents]
-        returns = [evaluate(agent, [make_env(task) for _ in range(10)])["returns"] for agent in acting]
-        scores.append(normalized_score(np.array(returns), task_reference(task)).mean(1))
+        envs = [make_env(find_task(task), agents[0].args) for _ in range(10)]
+        returns = [evaluate(agent, envs)["returns"] for agent in acting]
+        scores.append(normalized_score(np.array(returns), reference_returns(task)).mean(1))
         row(f"{knob} {value}", 1, score=scores[-1])
     draw_seeds(panel, [str(value) for value in values], np.transpose(scores))
 
@@ -188,7 +188,7 @@ def sweep(panel, agents: list, task: str, knob: str, values: tuple, **others) ->
 def dql_corners(seeds):
     """A diffusion model keeps all modes of the data, a Gaussian none; Q picks the mode that pays most."""
     task, (figure, [panels]) = "bandit-corners-v0", grid(1, 4, 2.1)
-    data = load_dataset(task)
+    data = load_dataset(find_task(task))
     draw(panels[0], "data; bright pays", data.actions, data.rewards)
     moments = data.actions.mean(0), np.cov(data.actions.T), 1000  # of the most likely Gaussian
     gaussians = [np.random.default_rng(seed).multivariate_normal(*moments) for seed in seeds]
@@ -236,17 +236,18 @@ def dtql_speed(seeds):
 
 def prepared(task: str, seed: int) -> nn.Module:
     """DTQL's denoiser and critics after their pretraining in a bandit."""
-    return trained("dtql", task, seed, pretrain_steps=4000, total_steps=1, hidden_dims=(128, 128, 128))[1]
+    changes = dict(pretrain_steps=3000, total_steps=1, batch_size=256, hidden_dims=(128, 128, 128))
+    return trained("dtql", task, seed, **changes)[1]
 
 
 def dtql_trust_region(seeds):
     """The trust region loss of every action at five noise levels, but for a factor 1 / c_out^2."""
     figure, panels = grid(2, 6)
     actions, noises = torch.as_tensor(SURFACE, dtype=torch.float32), torch.randn(50, 1, 2)
-    for line, pattern in zip(panels, ("25gaussians", "swissroll"), strict=True):
+    for line, pattern in zip(panels, ("8gaussians", "swissroll"), strict=True):
         task, obs = f"bandit-{pattern}-v0", torch.zeros(len(actions), 1)
         denoiser = prepared(task, seeds[0]).denoiser.requires_grad_(False)
-        draw(line[0], "data", load_dataset(task).actions)
+        draw(line[0], "data", load_dataset(find_task(task)).actions)
         for panel, sigma in zip(line[1:], (0.02, 0.1, 0.3, 1.0, 5.0), strict=True):
             noisy = [(actions + sigma * noise, torch.full_like(obs, sigma)) for noise in noises]
             loss = sum((denoiser(obs, *each) - actions).square().mean(1) for each in noisy)  # (101 * 101,)
@@ -290,15 +291,14 @@ def one_step_policy(agent: nn.Module, kind: str, seed: int, q_weight: float, ste
 
 def dtql_kl(seeds):
     """The trust region loss seeks modes of the data, a KL divergence covers them; without Q and with it."""
-    figure, panels = grid(2, 6)
-    for line, pattern in zip(panels, ("25gaussians", "swissroll"), strict=True):
-        cells = iter(line)
-        for suffix, weight, with_q in (("", 0.0, "alone"), ("", 0.05, "Q near"), ("-far", 0.05, "Q far")):
-            task = f"bandit-{pattern}{suffix}-v0"
-            agents = {seed: prepared(task, seed) for seed in seeds}
-            for kind in ("kl", "trust"):
-                found = [one_step_policy(agents[seed], kind, seed, weight) for seed in seeds]
-                show(next(cells), task, f"{pattern}, {kind}, {with_q}", found, f"{kind}, {with_q}")
+    figure, panels = grid(2, 5)
+    pairs = [("8gaussians", 0.0), ("8gaussians", 0.05), ("swissroll", 0.0), ("swissroll", 0.05)]
+    for column, (pattern, q_weight) in zip(panels.T, [*pairs, ("swissroll-far", 0.05)], strict=True):
+        task = f"bandit-{pattern}-v0"
+        agents = {seed: prepared(task, seed) for seed in seeds}
+        for panel, kind in zip(column, ("kl", "trust"), strict=True):
+            found = [one_step_policy(agents[seed], kind, seed, q_weight) for seed in seeds]
+            show(panel, task, f"{kind}, {pattern}{', Q' if q_weight else ''}", found)
     return figure
 
 
@@ -333,8 +333,7 @@ def dac_guidance(seeds):
 
 def dac_speed(seeds):
     """Training with soft guidance beside denoised, with ten next actions, as published, and with one."""
-    kinds = ("denoised", "soft")
-    commands = [f"dac --num-q-samples {count} --q-guidance {kind}" for count in (10, 1) for kind in kinds]
+    commands = [f"dac --num-q-samples {n} --q-guidance {g}" for n in (10, 1) for g in ("denoised", "soft")]
     return speeds("hopper-medium-v2", 11, 3, commands)
 
 
@@ -419,9 +418,10 @@ def qvpo_hopper(seeds):
     compare(panel, seeds, "return_mean", "qvpo_online", task, {"QVPO": small})
     steps = [max(2, round(SHARE * 10_000)) * i for i in range(1, 21)]
     for seed in seeds:
-        model = SAC("MlpPolicy", make_env(task), seed=seed, learning_starts=5000, device="cpu")
+        env, to_score = (make_env(find_task(task), settings("qvpo_online", task)[1]) for _ in range(2))
+        model = SAC("MlpPolicy", env, seed=seed, learning_starts=5000, device="cpu")
         learn = partial(model.learn, steps[0], reset_num_timesteps=False)
-        returns.append([evaluate_policy(learn(), make_env(task), warn=False)[0] for _ in steps])
+        returns.append([evaluate_policy(learn(), to_score, warn=False)[0] for _ in steps])
     row("SAC", 1, mean_of_all_evaluations=np.mean(returns, axis=1), last=np.array(returns)[:, -1])
     draw_seeds(panel, steps, returns, "C1", "SAC")
     return figure
@@ -432,12 +432,11 @@ MINUTES += (dac_guidance, dac_speed, dac_ensemble, qvpo_entropy)
 CLAIMS = {each.__name__: each for each in (*MINUTES, qvpo_ablations, qvpo_hopper)}
 
 
-# === The command ===
 def main(args: Args) -> None:
     toolbox.check_name("claim", args.claim, [*CLAIMS, "all"])
     use_device("cpu", num_threads=1, matmul_precision="highest")
     names = [each.__name__ for each in MINUTES] if args.claim == "all" else [args.claim]
-    paths = {name: user_path(args.output) / f"{name}.png" for name in names}
+    paths = {name: args.output / f"{name}.png" for name in names}
     for path in paths.values():
         toolbox.write_output(path, b"")  # fails, if it does, before minutes of training
     for name, path in paths.items():
