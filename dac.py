@@ -16,7 +16,7 @@ In shapes: num_qs is the paper's H, T is diffusion_steps. Timesteps are 1..T; t 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -230,12 +230,12 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float | Tensor) -> 
             target_parameter.lerp_(parameter, tau)
 
 
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_by_global_norm(gradients: list[Tensor], max_norm: float) -> Tensor:
     """Scale gradients whose joint norm is above max_norm down to it, exactly; returns the norm before."""
-    gradients = [parameter.grad for parameter in parameters]
     norm = nn.utils.get_total_norm(gradients)
+    scale = (max_norm / norm).clamp(max=1.0)
     for gradient in gradients:
-        gradient.mul_((max_norm / norm).clamp(max=1.0))
+        gradient.mul_(scale)
     return norm
 
 
@@ -363,18 +363,22 @@ class DAC(nn.Module):
         """One gradient step on random rows of the data: tensor operations only, no host sync; 0-d metrics."""
         rows = torch.randint(len(data.reward), (self.args.batch_size,), device=self.device)  # unshuffled: D7
         batch, draws = Batch(*(column[rows] for column in data)), self.draw(self.args.batch_size)
+
         # The critics, and their targets: the actor climbs the new ones
         loss, metrics = self.critic_loss(batch, draws)
         self.optimizers["critic"].zero_grad()
         loss.backward()
-        metrics["critic_grad_norm"] = clip_by_global_norm(self.critic.parameters(), self.args.max_grad_norm)
+        gradients = [parameter.grad for parameter in self.critic.parameters()]
+        metrics["critic_grad_norm"] = clip_by_global_norm(gradients, self.args.max_grad_norm)
         self.optimizers["critic"].step()
         polyak_update(self.critic_target, self.critic, self.args.tau)
+
         # The actor
         loss, actor_metrics = self.actor_loss(batch, draws)
         self.optimizers["actor"].zero_grad()
         loss.backward()
-        metrics["actor_grad_norm"] = clip_by_global_norm(self.actor.parameters(), self.args.max_grad_norm)
+        gradients = [parameter.grad for parameter in self.actor.parameters()]
+        metrics["actor_grad_norm"] = clip_by_global_norm(gradients, self.args.max_grad_norm)
         self.optimizers["actor"].step()
         # eta, by the loss before that step (D3), and the target actor
         if self.args.eta_lr > 0:

@@ -357,18 +357,21 @@ class DiffusionQL(nn.Module):
         rows = torch.randint(len(data.reward), (self.args.batch_size,), device=self.device)  # (batch,)
         batch, draws = Batch(*(column[rows] for column in data)), self.draw(self.args.batch_size)
         max_norm = self.args.max_grad_norm or math.inf
+
         # The critics
         loss, metrics = self.critic_loss(batch, draws)
         self.optimizers["critic"].zero_grad()
         loss.backward()
         metrics["critic_grad_norm"] = nn.utils.clip_grad_norm_(self.critic.parameters(), max_norm)
         self.optimizers["critic"].step()
+
         # The actor
         loss, actor_metrics = self.actor_loss(batch, draws)
         self.optimizers["actor"].zero_grad()
         loss.backward()
         metrics["actor_grad_norm"] = nn.utils.clip_grad_norm_(self.actor.parameters(), max_norm)
         self.optimizers["actor"].step()
+
         # The targets
         polyak_update(self.actor_target, self.actor, self.actor_tau)
         polyak_update(self.critic_target, self.critic, self.args.tau)

@@ -208,11 +208,6 @@ class StateValue(nn.Module):
         return self.layers[-1](x).squeeze(1)  # (batch,)
 
 
-def cosine_decay(step: int, decay_steps: int) -> float:
-    """Factor on a learning rate that falls from 1 to 0 along half a cosine."""
-    return 0.5 * (1 + math.cos(math.pi * min(step / decay_steps, 1)))
-
-
 def polyak_update(target: nn.Module, online: nn.Module, tau: float | Tensor) -> None:
     """target <- tau * online + (1 - tau) * target."""
     with torch.no_grad():
@@ -290,7 +285,8 @@ class DTQL(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Put what changes from step to step into tensors: update() may be replayed as a CUDA graph."""
-        decay = cosine_decay(max(step, 0), self.args.total_steps) if self.args.lr_decay else 1.0
+        progress = min(max(step, 0) / self.args.total_steps, 1)
+        decay = 0.5 * (1 + math.cos(math.pi * progress)) if self.args.lr_decay else 1.0  # half a cosine
         for name, optimizer in self.optimizers.items():
             lr = self.args.critic_lr if name == "critic" else self.args.actor_lr
             optimizer.param_groups[0]["lr"].fill_(lr * decay)
@@ -378,15 +374,14 @@ class DTQL(nn.Module):
         loss, metrics = self.critic_loss(batch)
         self.descend(loss, self.optimizers["critic"])
         # The denoiser, which is the trust region
-        bc_loss = self.diffusion_loss(batch.action, batch.obs, draws.bc_sigma, draws.bc_noise)
-        self.descend(bc_loss, self.optimizers["denoiser"])
+        metrics["bc_loss"] = self.diffusion_loss(batch.action, batch.obs, draws.bc_sigma, draws.bc_noise)
+        self.descend(metrics["bc_loss"], self.optimizers["denoiser"])
         # The policy
         loss, actor_metrics = self.actor_loss(batch, draws)
         self.descend(loss, self.optimizers["actor"])
         # The target critics
         polyak_update(self.critic_target, self.critic, self.args.tau)
-        metrics |= {"bc_loss": bc_loss} | actor_metrics
-        return {name: value.detach() for name, value in metrics.items()}
+        return {name: value.detach() for name, value in (metrics | actor_metrics).items()}
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:

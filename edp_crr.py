@@ -17,7 +17,7 @@ In shapes: T is diffusion_steps, the paper's K. Timesteps are 1..T; t = 0 is the
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -327,22 +327,13 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float | Tensor) -> 
             target_parameter.lerp_(parameter, tau)
 
 
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_by_global_norm(gradients: list[Tensor], max_norm: float) -> Tensor:
     """Scale gradients whose joint norm is above max_norm down to it, exactly; returns the norm before."""
-    gradients = [parameter.grad for parameter in parameters]
     norm = nn.utils.get_total_norm(gradients)
+    scale = (max_norm / norm).clamp(max=1.0)
     for gradient in gradients:
-        gradient.mul_((max_norm / norm).clamp(max=1.0))
+        gradient.mul_(scale)
     return norm
-
-
-def clip_by_member_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """As clip_by_global_norm, for each member of an ensemble alone; returns the norms before, (num_qs,)."""
-    gradients = [parameter.grad for parameter in parameters]
-    norms = torch.stack([gradient.square().sum((1, 2)) for gradient in gradients]).sum(0).sqrt()  # (num_qs,)
-    for gradient in gradients:
-        gradient.mul_((max_norm / norms).clamp(max=1.0)[:, None, None])
-    return norms
 
 
 # === Agent ===
@@ -463,18 +454,24 @@ class EDPCRR(nn.Module):
         rows = torch.randint(len(data.reward), (self.args.batch_size,), device=self.device)  # (batch,)
         batch, draws = Batch(*(column[rows] for column in data)), self.draw(self.args.batch_size)
         max_norm = self.args.max_grad_norm
+
         # The actor, before the critics: D14
         loss, metrics = self.actor_loss(batch, draws)
         self.optimizers["actor"].zero_grad()
         loss.backward()
-        metrics["actor_grad_norm"] = clip_by_global_norm(self.actor.parameters(), max_norm)
+        gradients = [parameter.grad for parameter in self.actor.parameters()]
+        metrics["actor_grad_norm"] = clip_by_global_norm(gradients, max_norm)
         self.optimizers["actor"].step()
+
         # The critics, each with a limit of its own: D3
         loss, critic_metrics = self.critic_loss(batch, draws)
         self.optimizers["critic"].zero_grad()
         loss.backward()
-        metrics["critic_grad_norm"] = clip_by_member_norm(self.critic.parameters(), max_norm).mean()
+        members = [[parameter.grad[i] for parameter in self.critic.parameters()] for i in range(2)]
+        norms = [clip_by_global_norm(gradients, max_norm) for gradients in members]
+        critic_metrics["critic_grad_norm"] = torch.stack(norms).mean()
         self.optimizers["critic"].step()
+
         # The targets
         polyak_update(self.actor_target, self.actor, self.actor_tau)
         polyak_update(self.critic_target, self.critic, self.args.tau)

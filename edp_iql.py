@@ -17,7 +17,7 @@ In shapes: T is diffusion_steps, the paper's K. Timesteps are 1..T; t = 0 is the
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -340,22 +340,13 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float | Tensor) -> 
             target_parameter.lerp_(parameter, tau)
 
 
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_by_global_norm(gradients: list[Tensor], max_norm: float) -> Tensor:
     """Scale gradients whose joint norm is above max_norm down to it, exactly; returns the norm before."""
-    gradients = [parameter.grad for parameter in parameters]
     norm = nn.utils.get_total_norm(gradients)
+    scale = (max_norm / norm).clamp(max=1.0)
     for gradient in gradients:
-        gradient.mul_((max_norm / norm).clamp(max=1.0))
+        gradient.mul_(scale)
     return norm
-
-
-def clip_by_member_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """As clip_by_global_norm, for each member of an ensemble alone; returns the norms before, (num_qs,)."""
-    gradients = [parameter.grad for parameter in parameters]
-    norms = torch.stack([gradient.square().sum((1, 2)) for gradient in gradients]).sum(0).sqrt()  # (num_qs,)
-    for gradient in gradients:
-        gradient.mul_((max_norm / norms).clamp(max=1.0)[:, None, None])
-    return norms
 
 
 # === Agent ===
@@ -475,19 +466,23 @@ class EDPIQL(nn.Module):
         loss, metrics = self.value_loss(batch)
         self.optimizers["value"].zero_grad()
         loss.backward()
-        metrics["value_grad_norm"] = clip_by_global_norm(self.value.parameters(), max_norm)
+        gradients = [parameter.grad for parameter in self.value.parameters()]
+        metrics["value_grad_norm"] = clip_by_global_norm(gradients, max_norm)
         self.optimizers["value"].step()
         # The actor
         loss, actor_metrics = self.actor_loss(batch, draws)
         self.optimizers["actor"].zero_grad()
         loss.backward()
-        actor_metrics["actor_grad_norm"] = clip_by_global_norm(self.actor.parameters(), max_norm)
+        gradients = [parameter.grad for parameter in self.actor.parameters()]
+        actor_metrics["actor_grad_norm"] = clip_by_global_norm(gradients, max_norm)
         self.optimizers["actor"].step()
         # The critics, each with a limit of its own: D3
         loss, critic_metrics = self.critic_loss(batch)
         self.optimizers["critic"].zero_grad()
         loss.backward()
-        metrics["critic_grad_norm"] = clip_by_member_norm(self.critic.parameters(), max_norm).mean()
+        members = [[parameter.grad[i] for parameter in self.critic.parameters()] for i in range(2)]
+        norms = [clip_by_global_norm(gradients, max_norm) for gradients in members]
+        critic_metrics["critic_grad_norm"] = torch.stack(norms).mean()
         self.optimizers["critic"].step()
         # The target critics
         polyak_update(self.critic_target, self.critic, self.args.tau)

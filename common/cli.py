@@ -3,13 +3,14 @@
 A setting is what was given, else what the task's row of the script has, else the default that stands in Args.
 """
 
+import argparse
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -19,26 +20,21 @@ TaskSettings = dict[str, dict[str, object]]  # task or domain -> its row, whose 
 DOMAINS = {"antmaze": ("antmaze", "v0"), "kitchen": ("kitchen", "v0"), "bandit": ("bandit", "v0")}
 DOMAINS |= dict.fromkeys(("pen", "door", "hammer", "relocate"), ("adroit", "v1"))
 
+Number = TypeVar(
+    "Number", int, float
+)  # bounded by a text and by what it means; NaN is outside of every bound
+Positive = Annotated[Number, "above 0 and below 2^63", lambda number: 0 < number < 2**63]
+NonNegative = Annotated[Number, "at least 0 and below 2^63", lambda number: 0 <= number < 2**63]
+UnitInterval = Annotated[Number, "from 0 to 1", lambda number: 0 <= number <= 1]
+Finite = Annotated[Number, "finite", math.isfinite]
+Even = Annotated[Number, "even and at least 4", lambda number: number >= 4 and number % 2 == 0]
+Threads = Annotated[
+    Number, "from 1 to 1024, above which PyTorch may crash", lambda number: 0 < number <= 1024
+]
+
 
 class UserError(Exception):
     """A mistake of the user's: the scripts print the message, without a traceback, and exit with code 2."""
-
-
-# === A number's bound ===
-class Bound(NamedTuple):
-    """What a number must be; NaN is outside of every bound."""
-
-    text: str
-    holds: Callable[[float], bool]
-
-
-Number = TypeVar("Number", int, float)
-Positive = Annotated[Number, Bound("above 0 and below 2^63", lambda number: 0 < number < 2**63)]
-NonNegative = Annotated[Number, Bound("at least 0 and below 2^63", lambda number: 0 <= number < 2**63)]
-UnitInterval = Annotated[Number, Bound("from 0 to 1", lambda number: 0 <= number <= 1)]
-Finite = Annotated[Number, Bound("finite", math.isfinite)]
-Even = Annotated[Number, Bound("even and at least 4", lambda number: number >= 4 and number % 2 == 0)]
-Threads = Annotated[Number, Bound("from 1 to 1024, above which PyTorch may crash", lambda n: 0 < n <= 1024)]
 
 
 def run_command(main: Callable, args_class: type, task_settings: TaskSettings | None = None) -> None:
@@ -65,38 +61,27 @@ def check_bounds(args: object) -> None:
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         numbers = value if isinstance(value, tuple) else (value,)
-        if get_origin(kind) is tuple:
-            kind = get_args(kind)[0]
-        bounds = [each for each in getattr(kind, "__metadata__", ()) if isinstance(each, Bound)]
-        if bounds and not numbers:
-            raise UserError(f"{flag} is empty; it must have at least one number")
-        for bound in bounds:
+        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
+        if get_origin(kind) is Annotated and callable(kind.__metadata__[-1]):
+            text, holds = kind.__metadata__
+            if not numbers:
+                raise UserError(f"{flag} is empty; it must have at least one number")
             for number in numbers:
-                if not bound.holds(number):
-                    raise UserError(f"{flag} is {number}; it must be {bound.text}")
+                if not holds(number):
+                    raise UserError(f"{flag} is {number}; it must be {text}")
 
 
-def table_names(task: str) -> list[str]:
-    """What a task may be called in a table of settings, nearest first; only its own name if of no domain.
-
-    antmaze-umaze-v2, antmaze-umaze-v0, antmaze: the name itself, the version of the papers, the domain. For
-    Minari's copy D4RL/antmaze/umaze-v1 the last two are the same. Environments have a domain, too:
-    AntMaze_UMaze-v4 is called antmaze, AdroitHandDoor-v1 adroit, FrankaKitchen-v1 kitchen.
-    """
-    words = re.split("[-/_]", re.sub("^(D4RL/|AdroitHand|Franka)", "", task))  # family, kind and version
-    family = words[0].lower()
-    if family not in DOMAINS:
-        return [task]
-    domain, version = DOMAINS[family]
-    return [task, "-".join([family, *words[1:-1], version]), domain]
-
-
+# === Settings ===
 def task_row(env_id: str, task_settings: TaskSettings) -> tuple[dict[str, object], str]:
     """The row of a task, and what to call it: task, row (<its name>), or nothing if there is none.
 
-    A task without a row of its own gets that of the papers' version of it, or that of its domain.
+    A task without a row of its own gets that of the papers' version of it, or that of its domain: for
+    antmaze-umaze-v2 and Minari's D4RL/antmaze/umaze-v1 antmaze-umaze-v0, else antmaze. Environments have a
+    domain, too: AntMaze_UMaze-v4 is of antmaze, AdroitHandDoor-v1 of adroit, FrankaKitchen-v1 of kitchen.
     """
-    for name in table_names(env_id):
+    family, *words = re.split("[-/_]", re.sub("^(D4RL/|AdroitHand|Franka)", "", env_id))
+    domain, version = DOMAINS.get(family.lower(), ("", ""))
+    for name in (env_id, "-".join([family.lower(), *words[:-1], version]), domain):
         if name in task_settings:
             return task_settings[name], "task" if name == env_id else f"row ({name})"
     return {}, ""
@@ -104,8 +89,7 @@ def task_row(env_id: str, task_settings: TaskSettings) -> tuple[dict[str, object
 
 def settings_for(args_class: type[Args], task_settings: TaskSettings, env_id: str, **given) -> Args:
     """The settings of a task: the defaults, its row over them, what is given over that."""
-    row, _ = task_row(env_id, task_settings)
-    return args_class(**{"env_id": env_id} | row | given)
+    return args_class(**{"env_id": env_id} | task_row(env_id, task_settings)[0] | given)
 
 
 def sources_of(args: Any, task_settings: TaskSettings) -> dict[str, str]:
@@ -113,16 +97,7 @@ def sources_of(args: Any, task_settings: TaskSettings) -> dict[str, str]:
     row, of_row = task_row(args.env_id, task_settings)
     expected = replace(settings_for(type(args), task_settings, args.env_id), env_id=type(args).env_id)
     usual = {name: of_row if name in row else "default" for name in vars(args)}
-    given = {name: "given" for name, value in vars(args).items() if value != getattr(expected, name)}
-    return usual | given
-
-
-@dataclass
-class _First:
-    """What must be known before the other arguments have defaults."""
-
-    env_id: str
-    resume: str | None
+    return usual | {name: "given" for name in vars(args) if getattr(args, name) != getattr(expected, name)}
 
 
 def parse_args(
@@ -132,8 +107,10 @@ def parse_args(
 
     On --resume the checkpoint's settings take the place of the task's. UserError: a checkpoint of no use.
     """
-    plain = _First(args_class.env_id, None)
-    first, _ = tyro.cli(_First, args=words, default=plain, return_unknown_args=True, add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of what decides on the defaults
+    parser.add_argument("--env-id", "--env_id", default=args_class.env_id)
+    parser.add_argument("--resume")
+    first, _ = parser.parse_known_args(words)
     if first.resume is None:
         return tyro.cli(args_class, args=words, default=settings_for(args_class, task_settings, first.env_id))
     from common.runs import load_checkpoint  # PyTorch, which --help and the tools can do without
@@ -142,5 +119,5 @@ def parse_args(
     if checkpoint["args"].keys() != {field.name for field in fields(args_class)}:
         wrote = f"{checkpoint['results']['script']}.py, or another version of it"
         raise UserError(f"{first.resume} was written by {wrote}; resume it with that")
-    saved = args_class(**checkpoint["args"])
-    return tyro.cli(args_class, args=words, default=replace(saved, resume=first.resume))
+    default = replace(args_class(**checkpoint["args"]), resume=first.resume)
+    return tyro.cli(args_class, args=words, default=default)

@@ -7,6 +7,7 @@ is dropped, clipped, rescaled or ignored is said in one line, with its count, or
 """
 
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,6 +39,17 @@ class Dataset:
     episode_ends: np.ndarray  # (N,) float32, 1 on the last transition of each episode
     episode_returns: np.ndarray  # (num complete episodes,) undiscounted, as an evaluation would count them
     reference_returns: Reference  # returns that score 0 and 100
+
+    def checksum(self) -> list[int]:
+        """By which a resumed run knows its transitions again."""
+        columns = self.observations, self.actions, self.rewards, self.next_observations, self.terminals
+        return [zlib.crc32(column.data) for column in columns]
+
+    def largest(self) -> tuple[str, float]:
+        """Name and largest absolute value of the column that has the largest numbers."""
+        sizes = np.abs(np.column_stack([self.observations, self.rewards])).max(0)  # (obs_dim + 1,)
+        column = int(sizes.argmax())
+        return f"observations[:, {column}]" if column < len(sizes) - 1 else "rewards", float(sizes[column])
 
 
 def load_dataset(
@@ -100,11 +112,8 @@ def read_d4rl(path: Path, task: Task) -> dict[str, np.ndarray]:
     """
     rows, _ = read_file(path)
     terminals = rows["terminals"].astype(bool)
-    timeouts = (
-        rows["timeouts"].astype(bool)
-        if "timeouts" in rows
-        else cut_at_horizon(terminals, task.horizon, late=True)
-    )
+    timeouts = rows["timeouts"] if "timeouts" in rows else cut_at_horizon(terminals, task.horizon, late=True)
+    timeouts = timeouts.astype(bool)
     keep = np.flatnonzero(~timeouts[:-1])
     if keep.size == 0:
         raise UserError(f"{path} has no transition: {len(timeouts)} rows, {timeouts.sum()} of them timeouts")
@@ -193,19 +202,16 @@ def cut_at_horizon(terminals: np.ndarray, horizon: int | None, late: bool = Fals
     return timeouts
 
 
-def evaluated_returns(
-    task: Task, rewards: np.ndarray, terminals: np.ndarray, timeouts: np.ndarray
-) -> np.ndarray:
+def evaluated_returns(task: Task, rewards: np.ndarray, terminals: np.ndarray, timeouts: np.ndarray):
     """The returns (num complete episodes,) that the recorded episodes would have got in an evaluation.
 
-    They count the steps up to the horizon. Two domains were recorded otherwise than they are evaluated: ants
-    go on after they reached the goal, and a step in the kitchen is rewarded for all that is done by then.
+    Two domains were recorded otherwise than they are evaluated: ants go on after they reached the goal, and a
+    step in the kitchen is rewarded for all that is done by then.
     """
-    family, horizon = (task.family, task.horizon) if task.kind == "d4rl" else ("", None)
-    ends = timeouts if family == "antmaze" else terminals | timeouts
+    ends = timeouts if task.family == "antmaze" else terminals | timeouts
     episodes = np.split(rewards.astype(np.float64), np.flatnonzero(ends) + 1)[:-1]
-    count = np.max if family in ("antmaze", "kitchen") else np.sum
-    return np.array([count(episode[:horizon]) for episode in episodes])
+    count = np.max if task.family in ("antmaze", "kitchen") else np.sum
+    return np.array([count(episode[: task.horizon]) for episode in episodes])
 
 
 def sum_by_episode(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from common.cli import UserError
 
+Update = Callable[[], dict[str, Tensor]]  # one gradient step; its losses
+
 
 def default_threads() -> int:
     """OMP_NUM_THREADS where it is a number, else 1: the networks are too small to gain from more."""
@@ -30,16 +32,12 @@ def use_device(name: str, num_threads: int, matmul_precision: str) -> torch.devi
     num_threads and matmul_precision hold for the whole process. UserError: there is no such device.
     """
     torch.set_num_threads(num_threads)
-    if platform.libc_ver()[0] == "glibc":
-        for option in (
-            -1,
-            -3,
-        ):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: it keeps the memory of freed tensors, or
-            ctypes.CDLL(None).mallopt(option, 2**30)  # page faults would take a fifth of a step on a CPU
+    if platform.libc_ver()[0] == "glibc":  # it keeps the memory of freed tensors: page faults take a fifth of
+        for option in (-1, -3):  # a step on a CPU; M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**30)
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        device = torch.empty(
-            0, device="cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu")
-        ).device
+        device = torch.empty(0, device=chosen).device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # CUDA graphs and their streams are those of the current one
         elif device.type != "cpu":
@@ -76,7 +74,7 @@ def allocate(rows: int, columns: int, device: torch.device, flag: str) -> Tensor
     needed, there = 4 * rows * columns, float("inf")
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[0]
-    elif hasattr(os, "sysconf"):
+    elif hasattr(os, "sysconf"):  # not on Windows
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         sizes = f"{needed / 1e9:,.1f} GB, and {device} has {there / 1e9:,.1f}"
@@ -118,14 +116,11 @@ def mish(x: Tensor) -> Tensor:
 
 
 def compiled(*losses: Callable) -> list[Callable]:
-    """The same functions, compiled by torch.compile. UserError: it needs a C++ compiler, and there is none."""
-    compiler = os.environ.get("CXX")
-    if not any(shutil.which(name) for name in ([compiler] if compiler else ["g++", "clang++", "cl"])):
+    """The same functions, compiled by torch.compile. UserError: there is no C++ compiler, which it needs."""
+    known = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
+    if not any(map(shutil.which, known)):
         raise UserError("--compile needs a C++ compiler, and finds none: install g++ or set CXX")
     return [torch.compile(loss) for loss in losses]
-
-
-Update = Callable[[], dict[str, Tensor]]  # one step on what lies on the device; its losses
 
 
 def cuda_graphed(update: Update, device: torch.device, wanted: bool) -> Update:

@@ -37,9 +37,8 @@ def make_envs(task: Task, count: int, args: Any, dataset: Dataset | None = None)
             raise UserError(f"the data has {data}, the environment of {task.name} {found[0]} and {found[1]}")
         if dataset and args.dataset and ((bounds.low != -1).any() or (bounds.high != 1).any()):
             there, (low, high) = f"{bounds.low.min():g} to {bounds.high.max():g}", args.action_bounds
-            print(
-                f"{task.name} takes actions from {there}; a file's {low:g} to {high:g} mean that (--action-bounds)"
-            )
+            says = f"in the file that is {low:g} to {high:g} (--action-bounds)"
+            print(f"{task.name} takes actions from {there}; {says}")
         if env.spec and task.horizon != env.spec.max_episode_steps == LONGEST_EPISODE:
             other = "--env-kwargs max_episode_steps=... sets another limit"
             print(f"{task.name}: an episode is cut after {LONGEST_EPISODE:,} steps; {other}")
@@ -51,7 +50,7 @@ def make_env(task: Task, args: Any, render_mode: str | None = None) -> gymnasium
 
     args.env_kwargs go to gymnasium.make. Actions outside [-1, 1] are clipped, as D4RL does; MuJoCo would clip
     the torque, but reckon the cost of the whole. D4RL's tasks run in D4RL's environments, as far as those
-    exist today: docs/tasks.md. UserError: there is no environment, it is not installed, or cannot be learned in.
+    exist today: docs/tasks.md. UserError: there is none, it is not installed, or cannot be learned in.
     """
     options = parse_kwargs(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
     try:

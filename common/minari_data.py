@@ -1,6 +1,5 @@
 """Minari's datasets: their transitions, environments and reference scores. Loaded only for a Minari id."""
 
-import contextlib
 import json
 import math
 import os
@@ -79,13 +78,12 @@ def check_stored(path: Path) -> None:
     """ValueError if the HDF5 file has links, or an array that is not all there: see is_here()."""
     with h5py.File(path, "r") as file:
 
-        def is_missing(name: str, link: h5py.HardLink) -> str | None:
-            item = file[name] if isinstance(link, h5py.HardLink) else None
-            is_fine = isinstance(item, h5py.Group) or (item is not None and is_here(item, file))
-            return None if is_fine else name
+        def check(name: str, link: object) -> None:
+            is_hard = isinstance(link, h5py.HardLink)
+            if not is_hard or not (isinstance(file[name], h5py.Group) or is_here(file[name], file)):
+                raise ValueError(f"{name} has rows that were never written, or are in other files")
 
-        if name := file.visititems_links(is_missing):
-            raise ValueError(f"{name} has rows that were never written, or are in other files")
+        file.visititems_links(check)
 
 
 def flatten(space, values) -> np.ndarray:
@@ -97,15 +95,13 @@ def flatten(space, values) -> np.ndarray:
 
 def minari_reference(dataset_id: str) -> tuple[float, float] | None:
     """The returns that score 0 and 100; None if the dataset has none. UserError if they cannot be that."""
-    metadata = open_minari(dataset_id).storage.metadata
-    reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if None in reference:
+    found = open_minari(dataset_id).storage.metadata
+    zero, hundred = found.get("ref_min_score"), found.get("ref_max_score")
+    if None in (zero, hundred):
         return None
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        zero, hundred = map(float, reference)
-        if -math.inf < zero < hundred < math.inf:
-            return zero, hundred
-    raise UserError(f"{dataset_id}: {reference} are not two reference scores, the lower first")
+    if not (isinstance(zero, int | float) and isinstance(hundred, int | float) and zero < hundred < math.inf):
+        raise UserError(f"{dataset_id}: {zero} and {hundred} are not two reference scores, the lower first")
+    return float(zero), float(hundred)
 
 
 def minari_env_spec(dataset_id: str) -> dict:

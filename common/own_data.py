@@ -53,7 +53,7 @@ def read_own(path: Path, task: Task, low: float, high: float) -> dict[str, np.nd
 
 
 def to_unit_box(source: str | Path, actions: np.ndarray, low, high, advice: str) -> np.ndarray:
-    """Actions (N, action_dim) from [low, high] to [-1, 1]. UserError: more than a trace of them is outside."""
+    """Actions (N, action_dim) from [low, high] to [-1, 1]. UserError: more than a trace is outside."""
     low, high, actions = (np.asarray(each, np.float64) for each in (low, high, actions))
     if not (low < high).all():
         raise UserError(f"{advice} are {low} and {high}; the first must be the lower one")

@@ -6,6 +6,7 @@ it is a memory, with .save(folder) -> state and .load(folder, state).
 
 import contextlib
 import errno
+import io
 import json
 import os
 import platform
@@ -16,13 +17,11 @@ import sys
 import threading
 import time
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -31,8 +30,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common.cli import TaskSettings, UserError, check_bounds, sources_of
-from common.datasets import Dataset
+from common.cli import UserError, check_bounds, sources_of
 from common.devices import Update, matmul_library
 from common.scores import reference_returns, scored, show, summarize
 
@@ -48,17 +46,16 @@ def stopping_between_steps() -> Iterator[None]:
 
     A second Ctrl-C or SIGTERM ends the process at once: a step may hang. Only a main thread hears signals.
     """
+    stop_requested.clear()
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    known = {getattr(signal, name) for name in names if hasattr(signal, name)}
+    previous = {each: signal.getsignal(each) for each in known if signal.getsignal(each) != signal.SIG_IGN}
 
     def request_stop(number: int, frame: object) -> None:
         stop_requested.set()
         for each in {signal.SIGINT, signal.SIGTERM} & previous.keys():
             signal.signal(each, signal.SIG_DFL)
 
-    stop_requested.clear()
-    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        known = []
-    previous = {each: signal.getsignal(each) for each in known if signal.getsignal(each) != signal.SIG_IGN}
     for each in previous:
         signal.signal(each, request_stop)
     try:
@@ -75,30 +72,30 @@ def stop_if_asked() -> None:
 
 
 # === Files ===
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write under a temporary name, bring it to the disk, rename: the final name always has a whole file.
+def write_atomically(path: Path, content: dict) -> None:
+    """Write JSON or, as .pt, tensors: the final name always has a whole file, also after a power cut.
 
     UserError: the disk is full or not writable.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
+    if path.suffix == ".pt":
+        torch.save(content, buffer)
+    else:
+        buffer.write(json.dumps(content, indent=2).encode())
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save's of a full disk is a RuntimeError
+    except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}; make room or choose another --run-dir") from error
 
 
-def write_json(path: Path, values: dict) -> None:
-    write_atomically(path, lambda file: file.write(json.dumps(values, indent=2).encode()))
-
-
 def lock_folder(folder: Path) -> FileLock:
-    """The right to write into a run folder, until it is released or the process ends. UserError: it is taken."""
+    """The right to write into a run folder, until it is released or the process ends. UserError: taken."""
     lock = FileLock(folder / "run.lock")
     try:
         lock.acquire(blocking=False)
@@ -132,14 +129,6 @@ def load_checkpoint(path: Path) -> dict:
     return checkpoint | {"folder": path.parent}
 
 
-def describe_code() -> str:
-    """The git commit of this code, -dirty where it was changed since; empty without git."""
-    words = ["git", "describe", "--always", "--dirty"]
-    with contextlib.suppress(OSError):  # git is not installed
-        return subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    return ""
-
-
 # === The run ===
 class Run:
     """The folder, curves and checkpoints of one run; `with run:` saves it at its end and when it is stopped.
@@ -147,16 +136,7 @@ class Run:
     step is the number of finished updates (online, of environment steps); the script counts it.
     """
 
-    def __init__(
-        self,
-        script: str,
-        args: Any,
-        task_settings: TaskSettings,
-        agent: Any,
-        dataset: Dataset | None = None,
-        memory: Any = None,
-        first_step: int = 0,
-    ):
+    def __init__(self, script: str, args, task_settings, agent, dataset=None, memory=None, first_step=0):
         """A new run of a script, by its file; with args.resume agent, memory, randomness and step come back.
 
         Without a dataset the agent learns from what it does itself. UserError: a setting out of bounds, a
@@ -170,7 +150,11 @@ class Run:
         self.losses: list[Tensor] = []  # of each step since the last log, on the device
         self.best: dict | None = None  # the policy of the best evaluation, until it is saved
         self.results: dict = {"script": Path(script).stem, "env_id": args.env_id, "seed": args.seed}
-        self.results |= describe_data(dataset) | {"evaluations": [], "losses": {}, "train_seconds": 0.0}
+        self.results |= {"data": None, "data_checksum": 0, "data_mean": None}
+        if dataset:
+            mean = dataset.episode_returns.mean().item() if len(dataset.episode_returns) else None
+            self.results |= {"data": dataset.name, "data_checksum": dataset.checksum(), "data_mean": mean}
+        self.results |= {"evaluations": [], "losses": {}, "train_seconds": 0.0}
         name = f"{args.env_id}__{Path(script).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.folder = Path(args.run_dir).expanduser() / re.sub(r"[^-\w.]", "-", name)
         if args.resume:
@@ -178,7 +162,7 @@ class Run:
         owed = self.evaluation_due()
         try:
             self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-            # What was drawn after the checkpoint is drawn again, and so is an evaluation that it does not have.
+            # What was drawn after the checkpoint is drawn again, and an evaluation that it does not have.
             self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 - owed)
         except (OSError, UnicodeError) as error:
             raise UserError(f"cannot write into {self.folder}: {error}; choose another --run-dir") from error
@@ -194,7 +178,7 @@ class Run:
         self.bar = tqdm(**counts, unit="step", dynamic_ncols=True, mininterval=pause)
 
     def resume(self, path: Path) -> None:
-        """Go on where a checkpoint was written. UserError: it is finished, of another run, or does not fit."""
+        """Go on where a checkpoint was written. UserError: it is finished, another run's, or does not fit."""
         self.folder = load_checkpoint(path)["folder"]
         if path.is_file() and path.name != "checkpoint.pt" and (self.folder / "checkpoint.pt").exists():
             raise UserError(f"{self.folder} has a checkpoint.pt; copy {path.name} elsewhere to resume it")
@@ -204,10 +188,8 @@ class Run:
         for name in ("script", "env_id", "seed"):
             if self.results[name] != new[name]:
                 raise UserError(f"{path} is of {name} {self.results[name]}, not {new[name]}: start a new run")
-        if self.step > self.args.total_steps:
-            raise UserError(f"{path} is at step {self.step:,}, past --total-steps {self.args.total_steps:,}")
-        if self.step == self.args.total_steps and not self.evaluation_due():
-            raise UserError(f"{path} is finished, at step {self.step:,}; --total-steps can add more")
+        if self.step >= self.args.total_steps and not self.evaluation_due():
+            raise UserError(f"{path} is finished, at step {self.step:,}; larger --total-steps add more")
         old = saved["args"] | {"resume": self.args.resume}
         changed = {name: value for name, value in asdict(self.args).items() if value != old[name]}
         if "run_dir" in changed and Path(changed["run_dir"]).resolve() != self.folder.resolve().parent:
@@ -238,15 +220,17 @@ class Run:
         args, device, data = self.args, self.agent.device, self.dataset
         where = f"{device}, {matmul_library()}" if device.type == "cpu" else str(device)
         config = {"script": self.results["script"], "args": asdict(args), "sources": sources, "device": where}
-        config |= {"code": describe_code(), "python": platform.python_version()}
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        with contextlib.suppress(OSError):  # it is not installed
+            config["code"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        config["python"] = platform.python_version()
         config |= {name: metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
-        write_json(self.folder / "config.json", config)
-        what = f"{self.results['script']} in {args.env_id}: learns from its own transitions"
+        write_atomically(self.folder / "config.json", config)
+        what = f"in {args.env_id}: learns from its own transitions"
         if data:
             counts = f"{len(data.rewards):,} transitions, {len(data.episode_returns):,} episodes"
-            mean = show(scored(self.results["data_mean"], self.reference))
-            what = f"{self.results['script']} on {data.name}: {counts}, mean {mean}"
-        print(what)
+            what = f"on {data.name}: {counts}, mean {show(scored(self.results['data_mean'], self.reference))}"
+        print(self.results["script"], what)
         for source in sorted(set(sources.values()), key=lambda of: (of == "default", of != "given")):
             values = [f"{name} {getattr(args, name)}" for name in sources if sources[name] == source]
             print(f"  {source}: {', '.join(values)}")
@@ -336,16 +320,8 @@ class Run:
     def diverged(self, what: str) -> UserError:
         """What is not finite, what may have caused it, and where the last good checkpoint is."""
         advice = "try a lower learning rate"
-        if self.dataset:
-            largest = np.abs(self.dataset.observations).max(0)  # (obs_dim,)
-            if largest.max() > 1e4:
-                advice = (
-                    f"observations[:, {largest.argmax()}] of the data reach {largest.max():.3g}: rescale them"
-                )
-            elif np.abs(self.dataset.rewards).max() > 1e4:
-                advice = (
-                    f"the rewards of the data reach {np.abs(self.dataset.rewards).max():.3g}: rescale them"
-                )
+        if self.dataset and (found := self.dataset.largest())[1] > 1e4:
+            advice = f"the data's {found[0]} are up to {found[1]:.3g}: scale them down"
         saved = (self.folder / "checkpoint.pt").exists()
         where = f"; the checkpoint in {self.folder} is from before" if saved else ""
         return UserError(f"{what}; {advice}{where}")
@@ -368,7 +344,7 @@ class Run:
         state = {"format": FORMAT, "args": asdict(self.args), "results": self.results}
         if self.best:
             best, self.best = state | self.best, None
-            write_atomically(self.folder / "best.pt", lambda file: torch.save(best, file))
+            write_atomically(self.folder / "best.pt", best)
         state |= {
             "step": self.step,
             "agent": agent,
@@ -379,8 +355,8 @@ class Run:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
-        write_atomically(self.folder / name, lambda file: torch.save(state, file))
-        write_json(self.folder / "results.json", self.results)
+        write_atomically(self.folder / name, state)
+        write_atomically(self.folder / "results.json", self.results)
 
     def __enter__(self) -> "Run":
         self.stopping = contextlib.ExitStack()
@@ -406,14 +382,3 @@ class Run:
                 self.writer.close()
             self.lock.release()
             self.stopping.close()
-
-
-def describe_data(data: Dataset | None) -> dict:
-    """What results.json says about the transitions: their name, checksum and mean episode."""
-    if data is None:
-        return {"data": None, "data_checksum": None, "data_mean": None}
-    check = 0
-    for column in (data.observations, data.actions, data.rewards, data.next_observations, data.terminals):
-        check = zlib.crc32(np.ascontiguousarray(column), check)
-    mean = data.episode_returns.mean().item() if len(data.episode_returns) else None
-    return {"data": data.name, "data_checksum": check, "data_mean": mean}
