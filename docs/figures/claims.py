@@ -10,7 +10,6 @@ import contextlib
 import io
 import sys
 import tempfile
-import time
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,8 +39,7 @@ from common.tasks import find_task
 CPU = torch.device("cpu")
 plt.rcParams |= {"figure.constrained_layout.use": True, "font.size": 8, "axes.titlesize": 9}
 SHARE = 1.0  # of all training steps; the tests take fewer
-LINE = np.linspace(-1, 1, 101)
-SURFACE = np.stack(np.meshgrid(LINE, LINE), axis=-1).reshape(-1, 2)  # (101 * 101, 2), y slowly and x fast
+SURFACE = np.stack(np.mgrid[-1:1:101j, -1:1:101j][::-1], axis=-1).reshape(-1, 2)  # (101 * 101, 2), x fast
 
 
 @dataclass
@@ -127,11 +125,10 @@ def draw_seeds(panel, x: list, values, color: str = "C3", label: str | None = No
         panel.legend()
 
 
-def draw(panel, title: str, data: np.ndarray, rewards=None, actions: np.ndarray | None = None) -> None:
+def draw(panel, title: str, data: np.ndarray, rewards=None, actions=()) -> None:
     """Actions of the data, grey or bright where they pay, and those of a policy in red."""
     panel.scatter(*data[:2500].T, s=1.5, c="silver" if rewards is None else rewards[:2500], linewidths=0)
-    if actions is not None:
-        panel.scatter(*actions.T, s=3, c="C3", alpha=0.5, linewidths=0)
+    panel.scatter(*np.reshape(actions, (-1, 2)).T, s=3, c="C3", alpha=0.5, linewidths=0)
     panel.set_title(title)
 
 
@@ -268,9 +265,12 @@ def one_step_policy(agent: nn.Module, kind: str, seed: int, q_weight: float, ste
     dtql, obs, own = sys.modules["dtql"], torch.zeros(agent.args.batch_size, 1), deepcopy(agent)
     torch.manual_seed(seed)
     policy = dtql.DTQLDenoiser(1, 2, agent.args.time_dim, agent.args.hidden_dims)
-    adam, adam_own = (torch.optim.Adam(each.parameters(), lr=1e-3) for each in (policy, own.denoiser))
+    adam = torch.optim.Adam(policy.parameters(), lr=1e-3)
+    adam_own = torch.optim.Adam(own.denoiser.parameters(), lr=3e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     for _ in range(max(2, round(SHARE * steps))):
-        action = policy.network(obs, torch.randn(len(obs), 2), obs).tanh()  # (batch, 2)
+        z = torch.randn(len(obs), 2)
+        action = (z + policy.network(obs, z, obs)).tanh()  # (batch, 2)
         sigma, noise = agent.draw_noise(len(obs))
         if kind == "trust":
             loss = agent.diffusion_loss(action, obs, sigma, noise)
@@ -285,8 +285,9 @@ def one_step_policy(agent: nn.Module, kind: str, seed: int, q_weight: float, ste
         adam.zero_grad()
         (loss - q_weight * agent.critic(obs, action).amin(0).mean()).backward(inputs=[*policy.parameters()])
         adam.step()
-    zeros = torch.zeros(1000, 1)
-    return policy.network(zeros, torch.randn(1000, 2), zeros).tanh().detach().numpy()
+        decay.step()
+    obs, z = torch.zeros(1000, 1), torch.randn(1000, 2)
+    return (z + policy.network(obs, z, obs)).tanh().detach().numpy()
 
 
 def dtql_kl(seeds):
@@ -326,7 +327,7 @@ def dac_guidance(seeds):
         gaps = [[np.linalg.norm(actions - each, axis=1).min() for each in some] for some in found.values()]
         row(kind, reward=rewards, outside=(np.array(gaps) > 0.1).mean(1))
         q = agent.critic_target(torch.zeros(len(points), 1), points).mean(0).view(101, 101).detach()
-        panel.contour(LINE, LINE, q, levels=8, linewidths=0.6)
+        panel.contour(q, levels=8, linewidths=0.6, extent=(-1, 1, -1, 1))
         draw(panel, kind, actions, actions=found[seeds[-1]])
     return figure
 
@@ -391,7 +392,7 @@ def qvpo_entropy(seeds):
         row(name, modes=modes, deviation=[run[-1].std(0).mean() for run in runs])
         line[0].set_ylabel(name)
         for panel, step, actions in zip(line, steps, runs[0], strict=True):
-            panel.contourf(LINE, LINE, surface, levels=8, cmap="Greys", alpha=0.6)
+            panel.contourf(surface, levels=8, cmap="Greys", alpha=0.6, extent=(-1, 1, -1, 1))
             draw(panel, f"step {step}", actions[:0], actions=actions)
     return figure
 
@@ -440,10 +441,9 @@ def main(args: Args) -> None:
     for path in paths.values():
         toolbox.write_output(path, b"")  # fails, if it does, before minutes of training
     for name, path in paths.items():
-        start = time.process_time()
         picture = toolbox.png(CLAIMS[name](args.seeds), num_colors=64)
         toolbox.write_output(path, picture)
-        print(f"{path}: {len(picture) / 1000:.0f} kB, {time.process_time() - start:.0f} s of processor time")
+        print(f"{path}: {len(picture) / 1000:.0f} kB")
 
 
 if __name__ == "__main__":
