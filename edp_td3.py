@@ -437,7 +437,7 @@ class EDPTD3(nn.Module):
         q = member_q(self.critic, draws.member, batch.obs, action)  # (batch,)
         q_weight = self.args.alpha / q.detach().abs().mean()
         guidance_loss = -q_weight * q.mean()
-        loss = bc_loss + self.args.guidance_weight * guidance_loss  # not divided by lambda: D4
+        loss = bc_loss + self.args.guidance_weight * guidance_loss  # lambda of Table 3: D4
         metrics = {"actor_loss": loss, "bc_loss": bc_loss, "guidance_loss": guidance_loss}
         return loss, metrics | {"q_weight": q_weight}
 
@@ -478,7 +478,7 @@ class EDPTD3(nn.Module):
             noise = torch.randn(self.noise_steps, len(obs), self.action_dim, device=self.device)
             noise[0] *= self.args.noise_scale
         actions = self.sample(self.actor, obs, noise, self.args.policy_scale)  # (batch * n, action_dim)
-        q = self.critic(obs, actions).amin(0).unflatten(0, (-1, n))  # (batch, n); not alpha Q: D2
+        q = self.critic(obs, actions).amin(0).unflatten(0, (-1, n))  # (batch, n); of min Q: D2
         chosen = torch.multinomial(q.softmax(1), 1)  # (batch, 1)
         return actions.unflatten(0, (-1, n)).take_along_dim(chosen.unsqueeze(2), dim=1).squeeze(1)
 
