@@ -151,7 +151,7 @@ def speeds(task: str, obs_dim: int, action_dim: int, commands: list[str]):
         medians, ratios = np.median(each, axis=1), np.median(each / each[0], axis=1)
         for command, median, ratio in zip(commands, medians, ratios, strict=True):
             print(f"{panel.get_title()} | {command} | {median:.3g} | {ratio:.3g}", flush=True)
-        panel.barh(commands, medians, log=True)
+        panel.barh(commands, medians, log=bool(medians.max() > 100 * medians.min()))
         panel.invert_yaxis()
     panels[1].set_yticklabels([])
     return figure
