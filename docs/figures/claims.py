@@ -51,7 +51,6 @@ class Args:
     seeds: tuple[NonNegative[int], ...] = (0, 1, 2)  # of the training
 
 
-# === Policies ===
 def settings(script: str, task: str, **changes):
     """The script as a module, and its settings for a task, some of them changed."""
     module, changes = toolbox.load_script(script), dict(device="cpu", num_threads=1) | changes
@@ -91,7 +90,6 @@ def acting_with(agent: nn.Module, **changes) -> nn.Module:
     return agent
 
 
-# === Numbers and panels ===
 def row(name: str, digits: int = 2, **columns) -> None:
     """Print numbers of docs/claims.md: of each column the mean over seeds, and the seeds."""
     for key, each in columns.items():
@@ -240,7 +238,7 @@ def prepared(task: str, seed: int) -> nn.Module:
 def dtql_trust_region(seeds):
     """The trust region loss of every action at five noise levels, but for a factor 1 / c_out^2."""
     figure, panels = grid(2, 6)
-    actions, noises = torch.as_tensor(SURFACE, dtype=torch.float32), torch.randn(50, 1, 2)
+    actions, noises = torch.as_tensor(SURFACE, dtype=torch.float32), torch.randn(20, 1, 2)
     for line, pattern in zip(panels, ("8gaussians", "swissroll"), strict=True):
         task, obs = f"bandit-{pattern}-v0", torch.zeros(len(actions), 1)
         denoiser = prepared(task, seeds[0]).denoiser.requires_grad_(False)
@@ -358,6 +356,9 @@ class FourModes(Bandit):
     def reward(self, actions: np.ndarray) -> np.ndarray:
         return np.exp(-np.square(actions[:, None] - self.modes).sum(2).min(1) / (2 * 0.2**2))  # (N,)
 
+    def step(self, action: np.ndarray) -> tuple:
+        return np.zeros(1, np.float32), self.reward(action[None]).item(), True, False, {}
+
 
 def trained_online(steps: list[int], seed: int, **changes) -> list[np.ndarray]:
     """QVPO in FourModes: 1000 actions of the policy itself after each of the steps."""
@@ -437,13 +438,14 @@ def main(args: Args) -> None:
     toolbox.check_name("claim", args.claim, [*CLAIMS, "all"])
     use_device("cpu", num_threads=1, matmul_precision="highest")
     names = [each.__name__ for each in MINUTES] if args.claim == "all" else [args.claim]
-    paths = {name: args.output / f"{name}.png" for name in names}
-    for path in paths.values():
-        toolbox.write_output(path, b"")  # fails, if it does, before minutes of training
-    for name, path in paths.items():
+    for name in names:
+        toolbox.write_output(
+            args.output / f"{name}.png", b""
+        )  # fails, if it does, before minutes of training
+    for name in names:
         picture = toolbox.png(CLAIMS[name](args.seeds), num_colors=64)
-        toolbox.write_output(path, picture)
-        print(f"{path}: {len(picture) / 1000:.0f} kB")
+        toolbox.write_output(args.output / f"{name}.png", picture)
+        print(f"{args.output / name}.png: {len(picture) / 1000:.0f} kB")
 
 
 if __name__ == "__main__":
