@@ -411,19 +411,17 @@ def qvpo_ablations(seeds):
 
 def qvpo_hopper(seeds):
     """Learning curves of QVPO, with settings for a CPU, and of SAC in Hopper. Hours."""
-    from stable_baselines3 import SAC
-    from stable_baselines3.common.evaluation import evaluate_policy
+    import stable_baselines3 as sb3
 
     task, (figure, [panel]), returns = "Hopper-v4", curves("return in Hopper-v4"), []
     small = dict(hidden_dims=(128, 128), diffusion_steps=5, num_train_samples=8, actor_lr=3e-4)
-    small |= dict(learning_starts=5_000, total_steps=200_000)
-    compare(panel, seeds, "return_mean", "qvpo_online", task, {"QVPO": small})
+    compare(panel, seeds, "return_mean", "qvpo_online", task, {"QVPO": small | dict(total_steps=200_000)})
     steps = [max(2, round(SHARE * 10_000)) * i for i in range(1, 21)]
     for seed in seeds:
         env, to_score = (make_env(find_task(task), settings("qvpo_online", task)[1]) for _ in range(2))
-        model = SAC("MlpPolicy", env, seed=seed, learning_starts=5000, device="cpu")
+        model = sb3.SAC("MlpPolicy", env, seed=seed, learning_starts=10_000, device="cpu")
         learn = partial(model.learn, steps[0], reset_num_timesteps=False)
-        returns.append([evaluate_policy(learn(), to_score, warn=False)[0] for _ in steps])
+        returns.append([sb3.common.evaluation.evaluate_policy(learn(), to_score)[0] for _ in steps])
     row("SAC", 1, mean_of_all_evaluations=np.mean(returns, axis=1), last=np.array(returns)[:, -1])
     draw_seeds(panel, steps, returns, "C1", "SAC")
     return figure
