@@ -32,7 +32,6 @@ from common.cli import NonNegative, run_command, settings_for
 from common.datasets import load_dataset
 from common.devices import use_device
 from common.envs import make_env
-from common.runs import load_checkpoint
 from common.scores import normalized_score, reference_returns
 from common.tasks import find_task
 
@@ -67,7 +66,7 @@ def trained(script: str, task: str, seed: int, **changes) -> tuple[list[dict], n
         module, args = settings(script, task, seed=seed, run_dir=folder, **changes)
         evaluations = module.train(args)["evaluations"]
         [path] = Path(folder).glob("*/checkpoint.pt")
-        state = load_checkpoint(path)["agent"]
+        state = torch.load(path, weights_only=True)["agent"]
     env = make_env(find_task(task), args)
     agent = toolbox.agent_class(module)(*env.observation_space.shape, *env.action_space.shape, args, CPU)
     agent.load_state_dict(state)
@@ -421,7 +420,8 @@ def qvpo_hopper(seeds):
         env, to_score = (make_env(find_task(task), settings("qvpo_online", task)[1]) for _ in range(2))
         model = sb3.SAC("MlpPolicy", env, seed=seed, learning_starts=10_000, device="cpu")
         learn = partial(model.learn, steps[0], reset_num_timesteps=False)
-        returns.append([sb3.common.evaluation.evaluate_policy(learn(), to_score)[0] for _ in steps])
+        evaluate = partial(sb3.common.evaluation.evaluate_policy, env=to_score, warn=False)
+        returns.append([evaluate(learn())[0] for _ in steps])
     row("SAC", 1, mean_of_all_evaluations=np.mean(returns, axis=1), last=np.array(returns)[:, -1])
     draw_seeds(panel, steps, returns, "C1", "SAC")
     return figure
