@@ -11,8 +11,7 @@ import claims
 from matplotlib import pyplot as plt
 
 import toolbox
-from common.runs import run_command
-from common.settings import NonNegative
+from common.cli import NonNegative, run_command
 
 SCRIPTS = ("diffusion_ql", "dac", "dtql", "edp_td3", "edp_crr", "edp_iql", "qvpo_online")
 PATTERNS = ("corners", "8gaussians", "moons", "spiral")
