@@ -1,7 +1,9 @@
 """Numbers and picture of docs/results/bandits.md: each script in four bandits, an hour on one core.
 
-python docs/figures/bandits.py                       # docs/results/bandits.png; seeds 0 1 2
-python docs/figures/bandits.py --output pictures --seeds 0
+    python docs/figures/bandits.py                       # docs/results/bandits.png
+    python docs/figures/bandits.py --output pictures --seeds 0
+
+It prints the numbers for seeds 0, 1 and 2; the picture is of the first.
 """
 
 from dataclasses import dataclass

@@ -199,7 +199,7 @@ def edp_speed(seeds):
     steps = {"edp_td3": (1000, 100, 50, 15), "diffusion_ql": (1000, 100, 50, 10, 5)}
     commands = [f"{name} --diffusion-steps {count}" for name, counts in steps.items() for count in counts]
     commands.append("edp_td3 --diffusion-steps 1000 --sampler ddpm")
-    return speeds("hopper-medium-v2", 11, 3, [f"{each} --num-action-samples 10" for each in commands])
+    return speeds("hopper-medium-v2 --num-action-samples 10", 11, 3, commands)
 
 
 def edp_acting(seeds):
