@@ -27,6 +27,7 @@ BUNDLED = ROOT / "common" / "data" / "README.md"  # has the versions with which 
 PAGES += [ROOT / "tests" / "golden" / "README.md", BUNDLED]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 FILES = [*PAGES, *(ROOT / f"{name}.py" for name in SCRIPTS), *sorted((ROOT / "tools").glob("*.py"))]
+FILES += sorted((ROOT / "docs" / "figures").glob("*.py"))
 PINNED = dict(re.findall(r"^([\w-]+)(?:\[.*\])?==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M))
 
 
@@ -96,7 +97,7 @@ def check_tool(name, words):
 def test_commands_parse(command):
     program, *words = shlex.split(command)
     if program == "python" and words[0] not in MADE:
-        check = check_tool if words[0].startswith("tools/") else check_script
+        check = check_tool if words[0].startswith(("tools/", "docs/figures/")) else check_script
         assert check(words[0], [word for word in words[1:] if word != "--help"])
     elif program == "pip":
         assert all(PINNED.get(name) == version for name, version in re.findall(r"([\w-]+)==(\S+)", command))

@@ -242,6 +242,7 @@ def draw(panels: list[tuple[Curves, str]], kept: dict[str, dict], columns: int, 
         axis.set_title(f"{curves.script}{data}\n{metric}", fontsize=8)
         axis.set_xlim(0, curves.steps[-1] * 1.03)
         axis.locator_params(nbins=4)
+        axis.ticklabel_format(useOffset=False)
         axis.tick_params(labelsize=6)
     figure.supxlabel("gradient steps", fontsize=8)
     lines = [plt.Line2D([], [], color=color) for color in ("black", "tab:red")]
@@ -255,6 +256,28 @@ def mean_and_spread(values: np.ndarray) -> str:
     return f"{values.mean():.4g}{spread} ({len(values)})"
 
 
+def tables(files: list[Curves], kept: dict[str, dict]) -> list[str]:
+    """Lines of Markdown: the test of each script and of its mistakes; the last numbers of both codes."""
+    lines = ["| script | mistake | seeds: authors, ours | largest difference | of | p | corrected |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for curves in files:
+        for changes, ours in {} if curves.long else kept[curves.name].items():
+            (difference, place, p), theirs = compare(curves, ours), next(iter(curves.authors.values()))
+            cells = [f"`{curves.script}`", f"`{changes}`" if changes else "", f"{len(theirs)}, {len(ours)}"]
+            cells += [f"{difference:.2f}", place, f"{p:.4f}", f"{min(1, SCRIPTS * p):.3f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| script | quantity | step | authors (seeds) | ours (seeds) |", "|---|---|---|---|---|"]
+    for curves in files:
+        name = f"`{curves.script}`, `{curves.data.stem}`" if curves.long else f"`{curves.script}`"
+        for metric, theirs in curves.authors.items():
+            ours = [seed[metric] for seed in kept[curves.name].get("", {}).values() if seed.get(metric)]
+            for i in [min(map(len, ours)) - 1] if ours else []:
+                cells = [name, f"`{metric}`", f"{curves.steps[i]:,}"]
+                cells += map(mean_and_spread, (theirs[:, i], np.array([seed[i] for seed in ours])))
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main(args: Args) -> None:
     """Train or read what is not kept yet, draw the pictures, print the tables of docs/parity.md."""
     files = [read_curves(path) for path in args.curves or sorted(AUTHORS.glob("*.json"))]
@@ -262,8 +285,8 @@ def main(args: Args) -> None:
     kept = {curves.name: our_curves(curves, args) for curves in files}
     short, long = ([curves for curves in files if curves.long == each] for each in (False, True))
     if args.runs and not any(kept[curves.name] for curves in long):
-        asked = ", ".join(f"{curves.script} on {curves.data.name}" for curves in long) or "of no long curves"
-        raise UserError(f"no run in {args.runs} is one that the authors' curves ask for: {asked}")
+        asked = ", ".join(f"{curves.script} on {curves.data.name}" for curves in long) or "no long curves"
+        raise UserError(f"no run in {args.runs} is one to compare with the authors': {asked}")
     for curves in short:
         panels = [(curves, metric) for metric in curves.authors]
         draw(panels, kept, 4 if len(panels) in (4, 7, 8) else 3, args.output / f"{curves.name}.png")
@@ -271,22 +294,7 @@ def main(args: Args) -> None:
         rows = zip(*([metric for metric in SHOWN if metric in each.authors] for each in chosen), strict=False)
         if panels := [(curves, metric) for row in rows for curves, metric in zip(chosen, row, strict=True)]:
             draw(panels, kept, len(chosen), args.output / f"{name}.png")
-    print("| script | mistake | seeds: authors, ours | largest difference | of | p | corrected |")
-    print("|---|---|---|---|---|---|---|")
-    for curves in short:
-        for changes, ours in kept[curves.name].items():
-            (difference, place, p), theirs = compare(curves, ours), next(iter(curves.authors.values()))
-            cells = [f"`{curves.script}`", f"`{changes}`" if changes else "", f"{len(theirs)}, {len(ours)}"]
-            cells += [f"{difference:.2f}", place, f"{p:.4f}", f"{min(1, SCRIPTS * p):.3f}"]
-            print(f"| {' | '.join(cells)} |")
-    print("\n| script | quantity | step | authors (seeds) | ours (seeds) |\n|---|---|---|---|---|")
-    for curves in files:
-        for metric, theirs in curves.authors.items():
-            ours = [seed[metric] for seed in kept[curves.name].get("", {}).values() if seed.get(metric)]
-            for i in [min(map(len, ours)) - 1] if ours else []:
-                cells = [f"`{curves.script}`", f"`{metric}`", f"{curves.steps[i]:,}"]
-                cells += map(mean_and_spread, (theirs[:, i], np.array([seed[i] for seed in ours])))
-                print(f"| {' | '.join(cells)} |")
+    print(*tables(files, kept), sep="\n")
 
 
 if __name__ == "__main__":
