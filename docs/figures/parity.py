@@ -27,12 +27,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import toolbox
-from common.runs import describe_machine, run_command
+from common.runs import run_command
 from common.settings import NonNegative, Positive, check_bounds, parse_args
 from common.tasks import UserError
 
 import numpy as np
-import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -187,17 +186,17 @@ def our_curves(curves: Curves, args: Args) -> dict[str, dict[str, Points]]:
     except (OSError, ValueError):  # not there, or cut short
         kept = {}
     if kept.get("conditions") != curves.conditions:
-        kept = {"conditions": curves.conditions, "machine": {}, "curves": {"": {}}}
+        kept = {"conditions": curves.conditions, "curves": {"": {}}}
     seeds, count = kept["curves"].setdefault(args.changes, {}), len(curves.steps[: args.intervals])
     new = read_runs(args.runs, curves) if curves.long and args.runs else {}
     for seed in new if curves.long else map(str, args.seeds):
-        if curves.long or min(map(len, seeds.get(seed, {"": []}).values())) < count:
+        has = min(map(len, seeds.get(seed, {"": []}).values()))
+        if has < count if not curves.long else has <= len(new[seed]["score"]):
             points = new.get(seed) or train(curves, int(seed), count, args.changes)
             if missing := [] if curves.long else sorted(curves.authors.keys() - points.keys()):
                 raise UserError(f"{curves.script}.py does not log {', '.join(missing)}")
             names = [name for name in curves.authors if name in points]
             seeds[seed] = {name: [float(f"{x:.5g}") for x in points[name]] for name in names}
-            kept["machine"] = describe_machine(torch.device("cpu"))
             toolbox.write_output(path, json.dumps(kept, separators=(",", ":")).encode() + b"\n")
     return {changes: found for changes, found in kept["curves"].items() if found}
 
