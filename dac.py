@@ -23,16 +23,18 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from common.datasets import RewardRule, load_dataset, tune_rewards
-from common.devices import accelerated, default_threads, mish
-from common.runs import Run, raise_if_interrupted, run_command
-from common.settings import Even, Finite, NonNegative, Positive, UnitInterval
-
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common.cli import Even, Finite, NonNegative, Positive, Threads, UnitInterval, run_command
+from common.datasets import RewardRule, load_dataset, tune_rewards
+from common.devices import compiled, cuda_graphed, default_threads, mish, use_device
+from common.envs import make_envs
+from common.runs import Run, stop_if_asked
+from common.tasks import find_task
 
 EVAL_SEED = 10_000  # evaluation episodes are seeded EVAL_SEED, EVAL_SEED + 1, ...
 EPS = 1e-6  # keeps divisions by Q finite
@@ -45,12 +47,14 @@ class Args:
 
     env_id: str = "hopper-mini-v0"  # task: a D4RL name, a Minari id, hopper-mini-v0 or bandit-<pattern>-v0
     dataset: str | None = None  # an HDF5 path or Minari id to read instead of the task's own transitions
+    action_bounds: tuple[float, float] = (-1.0, 1.0)  # what -1 and 1 of the policy are in such an HDF5 file
+    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, JSON or key=value: max_episode_steps=500
     seed: NonNegative[int] = 0  # seed of initial weights, batches and noise
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
-    num_threads: Positive[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
+    num_threads: Threads[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products, as in PyTorch
     compile: bool = False  # compile the losses with torch.compile
-    cuda_graph: bool = True  # on CUDA, replay the whole update as one CUDA graph
+    cuda_graph: bool = True  # on CUDA, replay the whole update as one CUDA graph; not yet tried on a GPU
     total_steps: Positive[int] = 2_000_000  # gradient steps
     batch_size: Positive[int] = 256  # transitions per gradient step, drawn with replacement
     gamma: UnitInterval[float] = 0.99  # discount factor
@@ -80,9 +84,9 @@ class Args:
     critic_lr: NonNegative[float] = 3e-4  # learning rate of the critics; falls likewise
     max_grad_norm: Positive[float] = 1.0  # limit of the global gradient norm, per optimizer
     actor_target_every: Positive[int] = 5  # steps between updates of the target actor
-    actor_target_start: NonNegative[int] = 1000  # the target actor moves after more finished steps than this
+    actor_target_start: NonNegative[int] = 1000  # finished steps before the target actor moves
     num_action_samples: Positive[int] = 10  # candidate actions per state when acting; the best by Q is taken
-    reward_tune: RewardRule = "iql_locomotion"  # rule for the training rewards, see tune_rewards; D8
+    reward_tune: RewardRule = "iql_locomotion"  # training rewards: returns span 1,000, in mazes too: D8
 
 
 # fmt: off
@@ -199,13 +203,12 @@ class EnsembleCritic(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, num_qs: int, hidden_dims: tuple[int, ...]):
         super().__init__()
-        self.num_qs = num_qs
         sizes = pairwise((obs_dim + action_dim, *hidden_dims, 1))
         self.layers = nn.ModuleList(EnsembleLinear(num_qs, n_in, n_out) for n_in, n_out in sizes)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], dim=1)  # (batch, obs_dim + action_dim)
-        x = x.expand(self.num_qs, -1, -1)  # (num_qs, batch, obs_dim + action_dim)
+        x = x.expand(len(self.layers[0].weight), -1, -1)  # (num_qs, batch, obs_dim + action_dim)
         for layer in self.layers[:-1]:
             x = mish(layer(x))
         return self.layers[-1](x).squeeze(2)  # (num_qs, batch)
@@ -230,8 +233,9 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float | Tensor) -> 
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients whose joint norm is above max_norm down to it, exactly; returns the norm before."""
     gradients = [parameter.grad for parameter in parameters]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    torch._foreach_mul_(gradients, (max_norm / norm).clamp(max=1.0))
+    norm = nn.utils.get_total_norm(gradients)
+    for gradient in gradients:
+        gradient.mul_((max_norm / norm).clamp(max=1.0))
     return norm
 
 
@@ -262,13 +266,13 @@ class DAC(nn.Module):
         super().__init__()
         self.args, self.action_dim = args, action_dim
         self.schedule = vp_schedule(args.diffusion_steps)
-        self.sigma = [math.sqrt(beta) for beta in self.schedule.beta]  # D1
+        self.sigma = [math.sqrt(beta) for beta in self.schedule.beta]  # not the posterior's: D1
         self.actor = DACNoisePredictor(obs_dim, action_dim, args.time_dim, args.hidden_dims)
         self.critic = EnsembleCritic(obs_dim, action_dim, args.num_qs, args.hidden_dims)
         init_xavier(self)
         self.actor_target = deepcopy(self.actor).requires_grad_(False)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
-        self.register_buffer("eta", torch.tensor(float(args.eta)))
+        self.register_buffer("eta", torch.tensor(float(args.eta)), persistent=args.eta_lr > 0)
         self.register_buffer("actor_tau", torch.tensor(0.0))
         self.register_buffer("alpha_bar", torch.tensor(self.schedule.alpha_bar), persistent=False)  # (T + 1,)
         self.to(device)
@@ -284,10 +288,8 @@ class DAC(nn.Module):
         decay = 0.5 * (1 + math.cos(math.pi * min(step / self.args.total_steps, 1)))  # half a cosine
         self.optimizers["actor"].param_groups[0]["lr"].fill_(self.args.actor_lr * decay)
         self.optimizers["critic"].param_groups[0]["lr"].fill_(self.args.critic_lr * decay)
-        moves = step > self.args.actor_target_start and step % self.args.actor_target_every == 0  # D5
+        moves = step > self.args.actor_target_start and step % self.args.actor_target_every == 0  # D5: 1,005
         self.actor_tau.fill_(self.args.tau if moves else 0.0)  # 0 leaves the target actor as it is
-        if self.args.eta_lr == 0:
-            self.eta.fill_(self.args.eta)  # a resumed run may have been given another
 
     def draw(self, batch_size: int) -> Draws:
         """Fresh random numbers for one update."""
@@ -323,7 +325,7 @@ class DAC(nn.Module):
             next_value = next_q.mean(0) - self.args.rho * next_q.std(0, correction=0)  # (batch,)
             target = batch.reward + self.args.gamma * (1 - batch.terminal) * next_value  # (batch,)
         q = self.critic(batch.obs, batch.action)  # (num_qs, batch)
-        loss = F.mse_loss(q, target.expand_as(q))  # D4
+        loss = F.mse_loss(q, target.expand_as(q))  # mean over heads, too: D4
         return loss, {"critic_loss": loss, "q_mean": q.mean(), "q_std": q.std(0, correction=0).mean()}
 
     def actor_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
@@ -332,7 +334,7 @@ class DAC(nn.Module):
         eps_theta = self.actor(batch.obs, x_t, draws.t)  # (batch, action_dim)
         bc_loss = F.mse_loss(eps_theta, draws.eps)
         loss, metrics = self.eta * bc_loss, {"bc_loss": bc_loss, "eta": self.eta.clone()}
-        if self.args.q_guidance != "none":  # D10
+        if self.args.q_guidance != "none":  # behaviour cloning: D10
             metrics |= self.guidance(batch, draws, x_t, eps_theta)
             loss = loss + metrics["guidance_loss"]
         return loss, {"actor_loss": loss} | metrics
@@ -351,37 +353,35 @@ class DAC(nn.Module):
         else:
             x_t = x_t.detach().requires_grad_()
             q = self.critic_target(batch.obs, x_t).mean(0)  # (batch,)
-            gradient = torch.autograd.grad(q.sum(), x_t)[0] / (q_norm + EPS)  # (batch, action_dim); D2
+            gradient = torch.autograd.grad(q.sum(), x_t)[0] / (q_norm + EPS)  # at x_t: D2
             if self.args.q_guidance == "soft":
                 gradient = (1 - self.alpha_bar[draws.t]).sqrt().unsqueeze(1) * gradient
             loss = (gradient * eps_theta).mean()
         return {"guidance_loss": loss, "q_norm": q_norm}
 
-    def descend(self, name: str, loss: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One optimizer step; returns the metrics and the gradient norm before clipping."""
-        self.optimizers[name].zero_grad()
-        loss.backward()
-        grad_norm = clip_by_global_norm(getattr(self, name).parameters(), self.args.max_grad_norm)
-        self.optimizers[name].step()
-        return metrics | {f"{name}_grad_norm": grad_norm}
-
-    def update_actor(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """One step of the actor, then of eta, then of the target actor, whose rate actor_tau is mostly 0."""
-        metrics = self.descend("actor", *self.actor_loss(batch, draws))
-        if self.args.eta_lr > 0:
-            violation = (metrics["bc_loss"].detach() - self.args.bc_threshold).clamp(-1, 1)  # D3
-            self.eta.add_(self.args.eta_lr * violation).clamp_(self.args.eta_min, self.args.eta_max)
-        polyak_update(self.actor_target, self.actor, self.actor_tau)
-        return metrics
-
     def update(self, data: Batch) -> dict[str, Tensor]:
         """One gradient step on random rows of the data: tensor operations only, no host sync; 0-d metrics."""
-        rows = torch.randint(len(data.reward), (self.args.batch_size,), device=self.device)  # (batch,); D7
+        rows = torch.randint(len(data.reward), (self.args.batch_size,), device=self.device)  # unshuffled: D7
         batch, draws = Batch(*(column[rows] for column in data)), self.draw(self.args.batch_size)
-        metrics = self.descend("critic", *self.critic_loss(batch, draws))
-        polyak_update(self.critic_target, self.critic, self.args.tau)  # the actor climbs the new one
-        metrics |= self.update_actor(batch, draws)
-        return {name: value.detach() for name, value in metrics.items()}
+        # The critics, and their targets: the actor climbs the new ones
+        loss, metrics = self.critic_loss(batch, draws)
+        self.optimizers["critic"].zero_grad()
+        loss.backward()
+        metrics["critic_grad_norm"] = clip_by_global_norm(self.critic.parameters(), self.args.max_grad_norm)
+        self.optimizers["critic"].step()
+        polyak_update(self.critic_target, self.critic, self.args.tau)
+        # The actor
+        loss, actor_metrics = self.actor_loss(batch, draws)
+        self.optimizers["actor"].zero_grad()
+        loss.backward()
+        metrics["actor_grad_norm"] = clip_by_global_norm(self.actor.parameters(), self.args.max_grad_norm)
+        self.optimizers["actor"].step()
+        # eta, by the loss before that step (D3), and the target actor
+        if self.args.eta_lr > 0:
+            violation = (actor_metrics["bc_loss"].detach() - self.args.bc_threshold).clamp(-1, 1)  # D3
+            self.eta.add_(self.args.eta_lr * violation).clamp_(self.args.eta_min, self.args.eta_max)
+        polyak_update(self.actor_target, self.actor, self.actor_tau)
+        return {name: value.detach() for name, value in (metrics | actor_metrics).items()}
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -401,14 +401,13 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
     """One episode in each env, side by side, seeded EVAL_SEED, EVAL_SEED + 1, ... at every call.
 
     One batched act() serves all episodes still running. The random state of the training is left as it was.
-    KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP asked for the end.
     """
     returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs)), np.ones(len(envs), dtype=bool)
     with torch.random.fork_rng(devices=[agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
         obs = np.stack([env.reset(seed=EVAL_SEED + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
         while running.any():
-            raise_if_interrupted()
+            stop_if_asked()  # Ctrl-C, SIGTERM: KeyboardInterrupt
             actions = agent.act(torch.from_numpy(obs[running]).to(agent.device)).cpu().numpy()
             for i, action in zip(np.flatnonzero(running), actions, strict=True):
                 obs[i], reward, terminated, truncated, _ = envs[i].step(action)
@@ -421,28 +420,35 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
 # === Training ===
 def train(args: Args) -> dict:
     """One run: train, evaluate, log and save; returns what results.json holds."""
-    run = Run(__file__, args, TASK_SETTINGS)
-    dataset = load_dataset(args.env_id, args.dataset, args.seed)
-    envs = [dataset.make_env() for _ in range(args.eval_episodes)]
-    actions = dataset.actions.clip(-1 + 1e-5, 1 - 1e-5)  # D6
+    torch.manual_seed(args.seed)
+    device = use_device(args.device, args.num_threads, args.matmul_precision)
+    task = find_task(args.env_id)
+    dataset = load_dataset(task, args.dataset, args.seed, args.action_bounds)
+    envs = make_envs(task, args.eval_episodes, args, dataset)
+    actions = dataset.actions.clip(-1 + 1e-5, 1 - 1e-5)  # as in the official code: D6
     rewards = tune_rewards(dataset, args.reward_tune)
     columns = (dataset.observations, actions, rewards, dataset.next_observations, dataset.terminals)
-    data = Batch(*(torch.as_tensor(column, device=run.device) for column in columns))
+    data = Batch(*(torch.as_tensor(column, device=device) for column in columns))
 
-    agent = DAC(data.obs.shape[1], data.action.shape[1], args, run.device)
-    run.begin(agent, dataset)
-    update = accelerated(partial(agent.update, data), agent, args)
-    with run:
-        while run.unfinished():
-            if run.evaluation_due():
-                run.add_evaluation(evaluate(agent, envs))
-                continue  # a run may also be left between an evaluation and the next step
+    agent = DAC(data.obs.shape[1], data.action.shape[1], args, device)
+    if args.compile:
+        agent.critic_loss, agent.actor_loss = compiled(agent.critic_loss, agent.actor_loss)
+    run = Run(__file__, args, TASK_SETTINGS, agent, dataset)  # its folder; with --resume, all as it was saved
+    update = run.guarded(cuda_graphed(partial(agent.update, data), device, args.cuda_graph))
+    with run:  # Ctrl-C and SIGTERM save and stop it between two steps
+        if run.evaluation_due():  # the run was stopped in it
+            run.log_evaluation(evaluate(agent, envs))
+        while run.step < args.total_steps:
+            stop_if_asked()
             agent.set_step(run.step)
-            run.record(update())
+            run.add_losses(update())
+            run.step += 1
             if run.reached(args.log_every):
-                run.log()
+                run.log_losses()  # losses/*: their means since the last time
+            if run.evaluation_due():
+                run.log_evaluation(evaluate(agent, envs))  # eval/*
             if run.reached(args.save_every):
-                run.save()
+                run.save()  # agent, optimizers, random state, results
     return run.results
 
 

@@ -22,16 +22,18 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from common.datasets import RewardRule, load_dataset, tune_rewards
-from common.devices import accelerated, default_threads, mish
-from common.runs import Run, raise_if_interrupted, run_command
-from common.settings import Even, NonNegative, Positive, UnitInterval
-
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common.cli import Even, NonNegative, Positive, Threads, UnitInterval, run_command
+from common.datasets import RewardRule, load_dataset, tune_rewards
+from common.devices import compiled, cuda_graphed, default_threads, mish, use_device
+from common.envs import make_envs
+from common.runs import Run, stop_if_asked
+from common.tasks import find_task
 
 EVAL_SEED = 10_000  # evaluation episodes are seeded EVAL_SEED, EVAL_SEED + 1, ...
 
@@ -43,12 +45,14 @@ class Args:
 
     env_id: str = "hopper-mini-v0"  # task: a D4RL name, a Minari id, hopper-mini-v0 or bandit-<pattern>-v0
     dataset: str | None = None  # an HDF5 path or Minari id to read instead of the task's own transitions
+    action_bounds: tuple[float, float] = (-1.0, 1.0)  # what -1 and 1 of the policy are in such an HDF5 file
+    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, JSON or key=value: max_episode_steps=500
     seed: NonNegative[int] = 0  # seed of initial weights, batches and noise
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
-    num_threads: Positive[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
+    num_threads: Threads[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products, as in PyTorch
     compile: bool = False  # compile the losses with torch.compile
-    cuda_graph: bool = True  # on CUDA, replay the whole update as one CUDA graph
+    cuda_graph: bool = True  # on CUDA, replay the whole update as one CUDA graph; not yet tried on a GPU
     total_steps: Positive[int] = 2_000_000  # gradient steps
     batch_size: Positive[int] = 256  # transitions per gradient step, drawn with replacement
     gamma: UnitInterval[float] = 0.99  # discount factor
@@ -205,13 +209,12 @@ class EnsembleCritic(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, num_qs: int, hidden_dims: tuple[int, ...]):
         super().__init__()
-        self.num_qs = num_qs
         sizes = pairwise((obs_dim + action_dim, *hidden_dims, 1))
         self.layers = nn.ModuleList(EnsembleLinear(num_qs, n_in, n_out) for n_in, n_out in sizes)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], dim=1)  # (batch, obs_dim + action_dim)
-        x = x.expand(self.num_qs, -1, -1)  # (num_qs, batch, obs_dim + action_dim)
+        x = x.expand(len(self.layers[0].weight), -1, -1)  # (num_qs, batch, obs_dim + action_dim)
         for layer in self.layers[:-1]:
             x = mish(layer(x))
         return self.layers[-1](x).squeeze(2)  # (num_qs, batch)
@@ -219,12 +222,8 @@ class EnsembleCritic(nn.Module):
 
 def member_q(critic: EnsembleCritic, member: Tensor, obs: Tensor, action: Tensor) -> Tensor:
     """Q_i(s, a) for the index i in member (1,), and no other; only the action gets a gradient."""
-    x = torch.cat([obs, action], dim=1).unsqueeze(0)  # (1, batch, obs_dim + action_dim)
-    for layer in critic.layers[:-1]:
-        bias, weight = layer.bias.detach()[member], layer.weight.detach()[member]
-        x = mish(torch.baddbmm(bias, x, weight))
-    bias, weight = critic.layers[-1].bias.detach()[member], critic.layers[-1].weight.detach()[member]
-    return torch.baddbmm(bias, x, weight).flatten()  # (batch,)
+    weights = {name: weight.detach()[member] for name, weight in critic.named_parameters()}
+    return torch.func.functional_call(critic, weights, (obs, action)).squeeze(0)  # (batch,)
 
 
 def init_uniform(critic: nn.Module) -> None:
@@ -294,10 +293,10 @@ class DiffusionQL(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Put what changes from step to step into tensors: update() may be replayed as a CUDA graph."""
-        decay = cosine_decay(step, self.args.total_steps) if self.args.lr_decay else 1.0  # D3
+        decay = cosine_decay(step, self.args.total_steps) if self.args.lr_decay else 1.0  # one cosine: D3
         self.optimizers["actor"].param_groups[0]["lr"].fill_(self.args.actor_lr * decay)
         self.optimizers["critic"].param_groups[0]["lr"].fill_(self.args.critic_lr * decay)
-        moves = step >= self.args.actor_target_start and step % self.args.actor_target_every == 0  # D2
+        moves = step >= self.args.actor_target_start and step % self.args.actor_target_every == 0  # D2: 1,000
         self.actor_tau.fill_(self.args.tau if moves else 0.0)  # 0 leaves the target actor as it is
 
     def draw(self, batch_size: int) -> Draws:
@@ -309,7 +308,7 @@ class DiffusionQL(nn.Module):
             t=torch.randint(1, num_steps + 1, (batch_size,), device=device),
             eps=torch.randn(batch_size, self.action_dim, device=device),
             action_noise=torch.randn(num_steps, batch_size, self.action_dim, device=device),
-            member=torch.randint(2, (1,), device=device),  # D7
+            member=torch.randint(2, (1,), device=device),  # on the device: D7
         )
 
     def sample(self, actor: DQLNoisePredictor, obs: Tensor, noise: Tensor) -> Tensor:
@@ -325,7 +324,7 @@ class DiffusionQL(nn.Module):
 
         a'_1, a'_2, ... are actions of the target actor: num_q_samples with max_q_backup, one without.
         """
-        with torch.no_grad():  # D6
+        with torch.no_grad():  # no unused graphs: D6
             n = self.num_next_actions
             next_obs = batch.next_obs.repeat_interleave(n, dim=0)  # (batch * n, obs_dim)
             noise = draws.next_action_noise  # (T, batch * n, action_dim)
@@ -353,24 +352,27 @@ class DiffusionQL(nn.Module):
         loss = bc_loss + self.args.eta * q_loss
         return loss, {"actor_loss": loss, "bc_loss": bc_loss, "q_loss": q_loss, "q_norm": q_norm}
 
-    def descend(self, name: str, loss: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One optimizer step of the actor or the critics; adds the gradient norm before clipping."""
-        self.optimizers[name].zero_grad()
-        loss.backward()
-        limit = self.args.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(getattr(self, name).parameters(), limit)
-        self.optimizers[name].step()
-        return metrics | {f"{name}_grad_norm": grad_norm}
-
     def update(self, data: Batch) -> dict[str, Tensor]:
         """One gradient step on random rows of the data: tensor operations only, no host sync; 0-d metrics."""
         rows = torch.randint(len(data.reward), (self.args.batch_size,), device=self.device)  # (batch,)
         batch, draws = Batch(*(column[rows] for column in data)), self.draw(self.args.batch_size)
-        metrics = self.descend("critic", *self.critic_loss(batch, draws))
-        metrics |= self.descend("actor", *self.actor_loss(batch, draws))
+        max_norm = self.args.max_grad_norm or math.inf
+        # The critics
+        loss, metrics = self.critic_loss(batch, draws)
+        self.optimizers["critic"].zero_grad()
+        loss.backward()
+        metrics["critic_grad_norm"] = nn.utils.clip_grad_norm_(self.critic.parameters(), max_norm)
+        self.optimizers["critic"].step()
+        # The actor
+        loss, actor_metrics = self.actor_loss(batch, draws)
+        self.optimizers["actor"].zero_grad()
+        loss.backward()
+        metrics["actor_grad_norm"] = nn.utils.clip_grad_norm_(self.actor.parameters(), max_norm)
+        self.optimizers["actor"].step()
+        # The targets
         polyak_update(self.actor_target, self.actor, self.actor_tau)
         polyak_update(self.critic_target, self.critic, self.args.tau)
-        return {name: value.detach() for name, value in metrics.items()}
+        return {name: value.detach() for name, value in (metrics | actor_metrics).items()}
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -381,7 +383,7 @@ class DiffusionQL(nn.Module):
             noise = torch.randn(self.args.diffusion_steps, len(obs), self.action_dim, device=self.device)
         actions = self.sample(self.actor, obs, noise)  # (batch * n, action_dim)
         q = self.critic_target(obs, actions).amin(0).unflatten(0, (-1, n))  # (batch, n)
-        chosen = torch.multinomial(q.softmax(1), 1)  # (batch, 1); D4
+        chosen = torch.multinomial(q.softmax(1), 1)  # (batch, 1); of raw Q: D4
         return actions.unflatten(0, (-1, n)).take_along_dim(chosen.unsqueeze(2), dim=1).squeeze(1)
 
 
@@ -390,14 +392,13 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
     """One episode in each env, side by side, seeded EVAL_SEED, EVAL_SEED + 1, ... at every call.
 
     One batched act() serves all episodes still running. The random state of the training is left as it was.
-    KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP asked for the end.
     """
     returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs)), np.ones(len(envs), dtype=bool)
     with torch.random.fork_rng(devices=[agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
         obs = np.stack([env.reset(seed=EVAL_SEED + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
         while running.any():
-            raise_if_interrupted()
+            stop_if_asked()  # Ctrl-C, SIGTERM: KeyboardInterrupt
             actions = agent.act(torch.from_numpy(obs[running]).to(agent.device)).cpu().numpy()
             for i, action in zip(np.flatnonzero(running), actions, strict=True):
                 obs[i], reward, terminated, truncated, _ = envs[i].step(action)
@@ -410,27 +411,34 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
 # === Training ===
 def train(args: Args) -> dict:
     """One run: train, evaluate, log and save; returns what results.json holds."""
-    run = Run(__file__, args, TASK_SETTINGS)
-    dataset = load_dataset(args.env_id, args.dataset, args.seed)
-    envs = [dataset.make_env() for _ in range(args.eval_episodes)]
-    rewards = tune_rewards(dataset, args.reward_tune)  # D8
+    torch.manual_seed(args.seed)
+    device = use_device(args.device, args.num_threads, args.matmul_precision)
+    task = find_task(args.env_id)
+    dataset = load_dataset(task, args.dataset, args.seed, args.action_bounds)
+    envs = make_envs(task, args.eval_episodes, args, dataset)
+    rewards = tune_rewards(dataset, args.reward_tune)  # D8: Adroit is standardised
     columns = (dataset.observations, dataset.actions, rewards, dataset.next_observations, dataset.terminals)
-    data = Batch(*(torch.as_tensor(column, device=run.device) for column in columns))
+    data = Batch(*(torch.as_tensor(column, device=device) for column in columns))
 
-    agent = DiffusionQL(data.obs.shape[1], data.action.shape[1], args, run.device)
-    run.begin(agent, dataset)
-    update = accelerated(partial(agent.update, data), agent, args)
-    with run:
-        while run.unfinished():
-            if run.evaluation_due():
-                run.add_evaluation(evaluate(agent, envs))  # D5
-                continue  # a run may also be left between an evaluation and the next step
+    agent = DiffusionQL(data.obs.shape[1], data.action.shape[1], args, device)
+    if args.compile:
+        agent.critic_loss, agent.actor_loss = compiled(agent.critic_loss, agent.actor_loss)
+    run = Run(__file__, args, TASK_SETTINGS, agent, dataset)  # its folder; with --resume, all as it was saved
+    update = run.guarded(cuda_graphed(partial(agent.update, data), device, args.cuda_graph))
+    with run:  # Ctrl-C and SIGTERM save and stop it between two steps
+        if run.evaluation_due():  # the run was stopped in it
+            run.log_evaluation(evaluate(agent, envs))
+        while run.step < args.total_steps:
+            stop_if_asked()
             agent.set_step(run.step)
-            run.record(update())
+            run.add_losses(update())
+            run.step += 1
             if run.reached(args.log_every):
-                run.log()
+                run.log_losses()  # losses/*: their means since the last time
+            if run.evaluation_due():
+                run.log_evaluation(evaluate(agent, envs))  # eval/*, best and last ten: D5
             if run.reached(args.save_every):
-                run.save()
+                run.save()  # agent, optimizers, random state, results
     return run.results
 
 

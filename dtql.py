@@ -20,16 +20,17 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from common.checkpoints import write_atomically
-from common.datasets import RewardRule, load_dataset, tune_rewards
-from common.devices import accelerated, default_threads, mish
-from common.runs import Run, raise_if_interrupted, run_command
-from common.settings import Even, NonNegative, Positive, UnitInterval
-
 import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from common.cli import Even, NonNegative, Positive, Threads, UnitInterval, run_command
+from common.datasets import RewardRule, load_dataset, tune_rewards
+from common.devices import compiled, cuda_graphed, default_threads, mish, use_device
+from common.envs import make_envs
+from common.runs import Run, stop_if_asked
+from common.tasks import find_task
 
 EVAL_SEED = 10_000  # evaluation episodes are seeded EVAL_SEED, EVAL_SEED + 1, ...
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # the smallest and the largest noise level
@@ -43,12 +44,14 @@ class Args:
 
     env_id: str = "hopper-mini-v0"  # task: a D4RL name, a Minari id, hopper-mini-v0 or bandit-<pattern>-v0
     dataset: str | None = None  # an HDF5 path or Minari id to read instead of the task's own transitions
+    action_bounds: tuple[float, float] = (-1.0, 1.0)  # what -1 and 1 of the policy are in such an HDF5 file
+    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, JSON or key=value: max_episode_steps=500
     seed: NonNegative[int] = 0  # seed of initial weights, batches and noise
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
-    num_threads: Positive[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
+    num_threads: Threads[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products, as in PyTorch
     compile: bool = False  # compile the losses with torch.compile
-    cuda_graph: bool = True  # on CUDA, replay the whole update as one CUDA graph
+    cuda_graph: bool = True  # on CUDA, replay the whole update as one CUDA graph; not yet tried on a GPU
     total_steps: Positive[int] = 1_000_000  # gradient steps
     batch_size: Positive[int] = 256  # transitions per gradient step, drawn with replacement
     gamma: UnitInterval[float] = 0.99  # discount factor
@@ -114,8 +117,6 @@ TASK_SETTINGS = {
     "bandit-8gaussians-v0": BANDIT | dict(nll_weight=3.0),
 }
 # fmt: on
-for maze in [name for name in TASK_SETTINGS if name.startswith("antmaze-")]:  # their -v2 are set alike
-    TASK_SETTINGS[maze.replace("-v0", "-v2")] = TASK_SETTINGS[maze]
 
 
 # === Diffusion ===
@@ -161,7 +162,7 @@ class DTQLDenoiser(nn.Module):
         """clip(c_skip x + c_out F_phi(c_in x; s, ln(sigma) / 4), -1, 1); sigma (batch, 1)."""
         c_skip, c_out, c_in = edm_scalings(sigma)
         denoised = c_skip * x + c_out * self.network(obs, c_in * x, sigma.log() / 4)  # (batch, action_dim)
-        return denoised.clamp(-1, 1)  # D5
+        return denoised.clamp(-1, 1)  # where it clips, no gradient: D5
 
 
 # === Critic ===
@@ -227,7 +228,7 @@ class OneStepPolicy(nn.Module):
         super().__init__()
         sizes = pairwise((obs_dim, *hidden_dims, 2 * action_dim))
         self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in sizes)
-        for layer in self.layers:  # D2
+        for layer in self.layers:  # unlike the other networks: D2
             nn.init.orthogonal_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -302,7 +303,9 @@ class DTQL(nn.Module):
     def draw(self, batch_size: int) -> Draws:
         """Fresh random numbers for one update."""
         action_noise = torch.randn(batch_size, self.action_dim, device=self.device)  # (batch, action_dim)
-        return Draws(*self.draw_noise(batch_size), *self.draw_noise(batch_size), action_noise)
+        bc_sigma, bc_noise = self.draw_noise(batch_size)
+        trust_sigma, trust_noise = self.draw_noise(batch_size)
+        return Draws(bc_sigma, bc_noise, trust_sigma, trust_noise, action_noise)
 
     def diffusion_loss(self, action: Tensor, obs: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         """L(a; s) = mean ((D(a + sigma z; s, sigma) - a) / c_out)^2: low where the data has actions like a.
@@ -322,9 +325,9 @@ class DTQL(nn.Module):
         q = self.critic(batch.obs, batch.action)  # (2, batch)
         v = self.value(batch.obs)  # (batch,)
         with torch.no_grad():
-            next_v = self.value(batch.next_obs)  # (batch,); D1
+            next_v = self.value(batch.next_obs)  # (batch,); no target network: D1
             target = batch.reward + self.args.gamma * (1 - batch.terminal) * next_v  # (batch,)
-        advantage = q.detach().amin(0) - v  # (batch,); D1
+        advantage = q.detach().amin(0) - v  # (batch,); online critics: D1
         weight = torch.where(advantage > 0, self.args.expectile, 1 - self.args.expectile)  # (batch,)
         value_loss = (weight * advantage.square()).mean()
         q_loss = (q - target).square().mean(1).sum()
@@ -341,40 +344,48 @@ class DTQL(nn.Module):
         action = (mean + std * draws.action_noise).tanh()  # (batch, action_dim)
         trust_loss = self.diffusion_loss(action, batch.obs, draws.trust_sigma, draws.trust_noise)
         actor_q = self.critic(batch.obs, action).amin(0).mean()
+        entropy = (std.log() + math.log(2 * math.pi * math.e) / 2).sum(1).mean()  # before the tanh (Fig. 5)
         loss = self.args.alpha * trust_loss - self.args.q_weight * actor_q
-        metrics = {"trust_loss": trust_loss, "actor_q": actor_q, "actor_std": std.mean()}
+        metrics = {"trust_loss": trust_loss, "actor_q": actor_q, "entropy": entropy}
         if self.args.nll_weight > 0:
             metrics["nll"] = nll_of(batch.action, mean, std).mean()
             loss = loss + self.args.nll_weight * metrics["nll"]
         return loss, {"actor_loss": loss} | metrics
 
-    def descend(self, name: str, loss: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One optimizer step; no gradient is computed for networks that it does not train (D8)."""
-        self.optimizers[name].zero_grad()
-        loss.backward(inputs=self.optimizers[name].param_groups[0]["params"])
-        self.optimizers[name].step()
-        return metrics
-
     def sample_batch(self, data: Batch) -> Batch:
         rows = torch.randint(len(data.reward), (self.args.batch_size,), device=self.device)  # (batch,)
         return Batch(*(column[rows] for column in data))
+
+    def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """One optimizer step; no gradient is computed for networks that it does not train: D8."""
+        optimizer.zero_grad()
+        loss.backward(inputs=optimizer.param_groups[0]["params"])
+        optimizer.step()
 
     def pretrain(self, data: Batch) -> dict[str, Tensor]:
         """Like update(), but the policy waits: one gradient step of denoiser, critics and V."""
         batch, noise = self.sample_batch(data), self.draw_noise(self.args.batch_size)
         bc_loss = self.diffusion_loss(batch.action, batch.obs, *noise)
-        metrics = self.descend("denoiser", bc_loss, {"bc_loss": bc_loss})
-        metrics |= self.descend("critic", *self.critic_loss(batch))  # their targets do not follow: D6
-        return {name: value.detach() for name, value in metrics.items()}
+        self.descend(bc_loss, self.optimizers["denoiser"])
+        loss, metrics = self.critic_loss(batch)
+        self.descend(loss, self.optimizers["critic"])  # their targets do not follow: D6
+        return {name: value.detach() for name, value in (metrics | {"bc_loss": bc_loss}).items()}
 
     def update(self, data: Batch) -> dict[str, Tensor]:
         """One gradient step on random rows of the data: tensor operations only, no host sync; 0-d metrics."""
         batch, draws = self.sample_batch(data), self.draw(self.args.batch_size)
-        metrics = self.descend("critic", *self.critic_loss(batch))
+        # The critics and V
+        loss, metrics = self.critic_loss(batch)
+        self.descend(loss, self.optimizers["critic"])
+        # The denoiser, which is the trust region
         bc_loss = self.diffusion_loss(batch.action, batch.obs, draws.bc_sigma, draws.bc_noise)
-        metrics |= self.descend("denoiser", bc_loss, {"bc_loss": bc_loss})
-        metrics |= self.descend("actor", *self.actor_loss(batch, draws))
+        self.descend(bc_loss, self.optimizers["denoiser"])
+        # The policy
+        loss, actor_metrics = self.actor_loss(batch, draws)
+        self.descend(loss, self.optimizers["actor"])
+        # The target critics
         polyak_update(self.critic_target, self.critic, self.args.tau)
+        metrics |= {"bc_loss": bc_loss} | actor_metrics
         return {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
@@ -396,14 +407,13 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
     """One episode in each env, side by side, seeded EVAL_SEED, EVAL_SEED + 1, ... at every call.
 
     One batched act() serves all episodes still running. The random state of the training is left as it was.
-    KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP asked for the end.
     """
     returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs)), np.ones(len(envs), dtype=bool)
     with torch.random.fork_rng(devices=[agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
         obs = np.stack([env.reset(seed=EVAL_SEED + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
         while running.any():
-            raise_if_interrupted()
+            stop_if_asked()  # Ctrl-C, SIGTERM: KeyboardInterrupt
             actions = agent.act(torch.from_numpy(obs[running]).to(agent.device)).cpu().numpy()
             for i, action in zip(np.flatnonzero(running), actions, strict=True):
                 obs[i], reward, terminated, truncated, _ = envs[i].step(action)
@@ -416,33 +426,38 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
 # === Training ===
 def train(args: Args) -> dict:
     """One run: pretrain, train, evaluate, log and save; returns what results.json holds."""
-    run = Run(__file__, args, TASK_SETTINGS)
-    if not args.resume:
-        run.step = -args.pretrain_steps
-    dataset = load_dataset(args.env_id, args.dataset, args.seed)
-    envs = [dataset.make_env() for _ in range(args.eval_episodes)]
-    rewards = tune_rewards(dataset, args.reward_tune)  # D12
+    torch.manual_seed(args.seed)
+    device = use_device(args.device, args.num_threads, args.matmul_precision)
+    task = find_task(args.env_id)
+    dataset = load_dataset(task, args.dataset, args.seed, args.action_bounds)
+    envs = make_envs(task, args.eval_episodes, args, dataset)
+    rewards = tune_rewards(dataset, args.reward_tune)  # mazes: r - 1: D12
     columns = (dataset.observations, dataset.actions, rewards, dataset.next_observations, dataset.terminals)
-    data = Batch(*(torch.as_tensor(column, device=run.device) for column in columns))
+    data = Batch(*(torch.as_tensor(column, device=device) for column in columns))
 
-    agent = DTQL(data.obs.shape[1], data.action.shape[1], args, run.device)
-    run.begin(agent, dataset)
-    pretrain = accelerated(partial(agent.pretrain, data), agent, args)
-    update = accelerated(partial(agent.update, data), agent, args)
-    with run:
-        while run.unfinished():  # D9
-            if run.evaluation_due():
-                run.add_evaluation(evaluate(agent, envs))  # D11
-                continue  # a run may also be left between an evaluation and the next step
-            if run.step == 0 and args.pretrain_steps > 0:  # keep what the pretraining has learned; D10
-                run.save()
-                write_atomically(run.folder / "pretrained.pt", (run.folder / "checkpoint.pt").read_bytes())
+    agent = DTQL(data.obs.shape[1], data.action.shape[1], args, device)
+    if args.compile:
+        losses = compiled(agent.critic_loss, agent.diffusion_loss, agent.actor_loss)
+        agent.critic_loss, agent.diffusion_loss, agent.actor_loss = losses
+    run = Run(__file__, args, TASK_SETTINGS, agent, dataset, first_step=-args.pretrain_steps)
+    pretrain = run.guarded(cuda_graphed(partial(agent.pretrain, data), device, args.cuda_graph))
+    update = run.guarded(cuda_graphed(partial(agent.update, data), device, args.cuda_graph))
+    with run:  # Ctrl-C and SIGTERM save and stop it between two steps
+        if run.evaluation_due():  # the run was stopped in it
+            run.log_evaluation(evaluate(agent, envs))
+        while run.step < args.total_steps:  # not one more: D9
+            stop_if_asked()
             agent.set_step(run.step)
-            run.record(pretrain() if run.step < 0 else update())
+            run.add_losses(pretrain() if run.step < 0 else update())
+            run.step += 1
             if run.reached(args.log_every):
-                run.log()
+                run.log_losses()  # losses/*: their means since the last time
+            if run.evaluation_due():
+                run.log_evaluation(evaluate(agent, envs))  # eval/*; D11: how often
             if run.reached(args.save_every):
-                run.save()
+                run.save()  # agent, optimizers, random state, results
+            if run.step == 0:  # what the pretraining has learned, optimizers included: D10
+                run.save("pretrained.pt")
     return run.results
 
 

@@ -24,17 +24,18 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from common.datasets import RewardRule, load_dataset, tune_rewards
-from common.devices import accelerated, default_threads, mish
-from common.runs import Run, raise_if_interrupted, run_command
-from common.settings import Even, NonNegative, Positive, UnitInterval
-from common.tasks import UserError
-
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common.cli import Even, NonNegative, Positive, Threads, UnitInterval, UserError, run_command
+from common.datasets import RewardRule, load_dataset, tune_rewards
+from common.devices import compiled, cuda_graphed, default_threads, mish, use_device
+from common.envs import make_envs
+from common.runs import Run, stop_if_asked
+from common.tasks import find_task
 
 EVAL_SEED = 10_000  # evaluation episodes are seeded EVAL_SEED, EVAL_SEED + 1, ...
 
@@ -46,12 +47,14 @@ class Args:
 
     env_id: str = "hopper-mini-v0"  # task: a D4RL name, a Minari id, hopper-mini-v0 or bandit-<pattern>-v0
     dataset: str | None = None  # an HDF5 path or Minari id to read instead of the task's own transitions
+    action_bounds: tuple[float, float] = (-1.0, 1.0)  # what -1 and 1 of the policy are in such an HDF5 file
+    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, JSON or key=value: max_episode_steps=500
     seed: NonNegative[int] = 0  # seed of initial weights, batches and noise
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
-    num_threads: Positive[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
+    num_threads: Threads[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products, as in PyTorch
     compile: bool = False  # compile the losses with torch.compile
-    cuda_graph: bool = True  # on CUDA, replay the whole update as one CUDA graph
+    cuda_graph: bool = True  # on CUDA, replay the whole update as one CUDA graph; not yet tried on a GPU
     total_steps: Positive[int] = 2_000_000  # gradient steps
     batch_size: Positive[int] = 256  # transitions per gradient step, drawn with replacement
     gamma: UnitInterval[float] = 0.99  # discount factor
@@ -164,7 +167,7 @@ def add_noise(x_0: Tensor, t: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def approximate_action(x_t: Tensor, t: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """a_hat = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t), clipped to [-1, 1] (Eq. 9; D12)."""
+    """a_hat = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t), clipped to [-1, 1] (D12; Eq. 9)."""
     alpha_bar_t = alpha_bar[t].unsqueeze(1)  # (batch, 1)
     return ((x_t - (1 - alpha_bar_t).sqrt() * eps) / alpha_bar_t.sqrt()).clamp(-1, 1)
 
@@ -226,31 +229,30 @@ def dpm_solver_plan(schedule: Schedule, num_calls: int) -> list[list[SolverCall]
         sigma = np.sqrt(-np.expm1(2 * log_alpha))
         half_log_snr = log_alpha - np.log(sigma)
         h = half_log_snr[1:] - half_log_snr[0]  # (order,)
-        growth = np.expm1(h)
-        slope = growth / 2 if order == 2 else growth / h - 1
         x_weight = np.exp(log_alpha[1:] - log_alpha[0])
-        eps_weight = sigma[1:] * growth
-        change_weight = np.append(0, sigma[2:] * slope[1:] * h[1:] / h[:-1])
+        eps_weight = sigma[1:] * np.expm1(h)
+        phi = np.expm1(h) / 2 if order == 2 else np.expm1(h) / h - 1  # phi_2 of the paper
+        change_weight = np.append(0, sigma[2:] * phi[1:] * h[1:] / h[:-1])
         weights = np.stack([x_weight, eps_weight, change_weight], axis=1)  # (order, 3)
         calls = zip(t[:-1].tolist(), weights.tolist(), strict=True)
-        plan.append([SolverCall(time, int(time + 1e-6), *each) for time, each in calls])  # D7
+        plan.append([SolverCall(time, math.floor(time + 1e-6), *each) for time, each in calls])
     return plan
 
 
 def dpm_sample(predict_noise: Callable, x: Tensor, schedule: Schedule, plan: list[list]) -> Tensor:
-    """DPM-Solver along a dpm_solver_plan, from x = x_T (batch, action_dim); predicts x_0 in [-1, 1]."""
-    for step in plan:
-        x_start = x
-        for call in step:
-            eps = predict_noise(x, call.t)  # (batch, action_dim)
-            alpha_bar = schedule.alpha_bar[call.clip_t]
-            signal, spread = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-            eps = torch.clamp(eps, (x - signal) / spread, (x + signal) / spread)  # D7
-            if call is step[0]:
-                eps_start = eps
-            x = call.x_weight * x_start - call.eps_weight * eps_start
-            if call.change_weight:
-                x = x - call.change_weight * (eps - eps_start)
+    """DPM-Solver along a dpm_solver_plan, from x = x_T (batch, action_dim); keeps x_0 in [-1, 1] (D7)."""
+
+    def clipped_noise(x: Tensor, call: SolverCall) -> Tensor:
+        alpha_bar = schedule.alpha_bar[call.clip_t]
+        signal, spread = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        return torch.clamp(predict_noise(x, call.t), (x - signal) / spread, (x + signal) / spread)
+
+    for first, *others in plan:
+        x_start, eps_start = x, clipped_noise(x, first)  # (batch, action_dim)
+        x = first.x_weight * x_start - first.eps_weight * eps_start
+        for call in others:
+            eps = clipped_noise(x, call)  # (batch, action_dim)
+            x = call.x_weight * x_start - call.eps_weight * eps_start - call.change_weight * (eps - eps_start)
     return x
 
 
@@ -267,7 +269,7 @@ class EDPNoisePredictor(nn.Module):
 
     def forward(self, obs: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """obs (batch, obs_dim), x_t (batch, action_dim), t (batch,) or (1,) for one timestep in all rows."""
-        angles = (t.unsqueeze(1) - 1) * self.frequencies  # (batch or 1, time_dim / 2); D18
+        angles = (t.unsqueeze(1) - 1) * self.frequencies  # (batch or 1, time_dim / 2); from 0: D18
         embedding = torch.cat([angles.cos(), angles.sin()], dim=1)  # (batch or 1, time_dim)
         embedding = self.time_mlp[1](mish(self.time_mlp[0](embedding)))
         embedding = embedding.expand(len(obs), -1)  # (batch, time_dim)
@@ -295,13 +297,12 @@ class EnsembleCritic(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, num_qs: int, hidden_dims: tuple[int, ...]):
         super().__init__()
-        self.num_qs = num_qs
         sizes = pairwise((obs_dim + action_dim, *hidden_dims, 1))
         self.layers = nn.ModuleList(EnsembleLinear(num_qs, n_in, n_out) for n_in, n_out in sizes)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], dim=1)  # (batch, obs_dim + action_dim)
-        x = x.expand(self.num_qs, -1, -1)  # (num_qs, batch, obs_dim + action_dim)
+        x = x.expand(len(self.layers[0].weight), -1, -1)  # (num_qs, batch, obs_dim + action_dim)
         for layer in self.layers[:-1]:
             x = mish(layer(x))
         return self.layers[-1](x).squeeze(2)  # (num_qs, batch)
@@ -342,8 +343,9 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float | Tensor) -> 
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients whose joint norm is above max_norm down to it, exactly; returns the norm before."""
     gradients = [parameter.grad for parameter in parameters]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    torch._foreach_mul_(gradients, (max_norm / norm).clamp(max=1.0))
+    norm = nn.utils.get_total_norm(gradients)
+    for gradient in gradients:
+        gradient.mul_((max_norm / norm).clamp(max=1.0))
     return norm
 
 
@@ -351,9 +353,8 @@ def clip_by_member_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> 
     """As clip_by_global_norm, for each member of an ensemble alone; returns the norms before, (num_qs,)."""
     gradients = [parameter.grad for parameter in parameters]
     norms = torch.stack([gradient.square().sum((1, 2)) for gradient in gradients]).sum(0).sqrt()  # (num_qs,)
-    scale = (max_norm / norms).clamp(max=1.0)[:, None, None]  # (num_qs, 1, 1)
     for gradient in gradients:
-        gradient.mul_(scale)
+        gradient.mul_((max_norm / norms).clamp(max=1.0)[:, None, None])
     return norms
 
 
@@ -383,14 +384,14 @@ class EDPIQL(nn.Module):
         self.args, self.action_dim = args, action_dim
         make_schedule = vp_schedule if args.noise_schedule == "vp" else linear_schedule
         self.schedule = make_schedule(args.diffusion_steps)
-        self.sigma = posterior_std(self.schedule)  # D11
+        self.sigma = posterior_std(self.schedule)  # not Eq. 4's beta: D11
         self.noise_steps = args.diffusion_steps if args.sampler == "ddpm" else 1
-        if args.sampler == "dpm":  # D1
+        if args.sampler == "dpm":  # as in the paper; the code's default is ddpm: D1
             self.plan = dpm_solver_plan(self.schedule, args.dpm_calls)
         self.actor = EDPNoisePredictor(obs_dim, action_dim, args.time_dim, args.hidden_dims)
         self.critic = EnsembleCritic(obs_dim, action_dim, 2, args.hidden_dims)
         self.value = StateValue(obs_dim, args.hidden_dims)
-        init_lecun(self)  # D18
+        init_lecun(self)  # as in the official code: D18
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("elbo_weights", elbo_weights(self.schedule), persistent=False)
         self.register_buffer("alpha_bar", torch.tensor(self.schedule.alpha_bar), persistent=False)  # (T + 1,)
@@ -425,7 +426,7 @@ class EDPIQL(nn.Module):
         return ddpm_sample(predict_noise, noise, self.schedule, self.sigma)
 
     def advantage(self, batch: Batch) -> Tensor:
-        """min_i Q'_i(s, a) - V(s): (batch,); D13."""
+        """min_i Q'_i(s, a) - V(s): (batch,); of the slow critics: D13."""
         return self.critic_target(batch.obs, batch.action).amin(0) - self.value(batch.obs)
 
     def value_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -445,7 +446,7 @@ class EDPIQL(nn.Module):
         return loss, {"critic_loss": loss, "q_mean": q.mean()}
 
     def actor_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_diff + lambda L_pi (Alg. 1), L_diff = mean (eps_theta(s, x_t, t) - eps)^2 (Eq. 5; D10).
+        """L_diff + lambda L_pi (Alg. 1), L_diff = mean (eps_theta(s, x_t, t) - eps)^2 (Eq. 5, a sum: D10).
 
         L_pi = -mean f log pi(a | s) (Eq. 20), f = min(exp(A / beta), max_weight), A the advantage.
         """
@@ -454,35 +455,43 @@ class EDPIQL(nn.Module):
         bc_loss = F.mse_loss(eps, draws.eps)
         with torch.no_grad():
             advantage = self.advantage(batch)  # (batch,)
-            weight = (advantage / self.args.temperature).exp().clamp(max=self.args.max_weight)  # (batch,); D6
+            weight = (advantage / self.args.temperature).exp().clamp(max=self.args.max_weight)  # D6: beta
         if self.args.likelihood == "elbo":
-            log_prob = -self.elbo_weights[draws.t] * (eps - draws.eps).square().mean(1)  # D9
+            log_prob = -self.elbo_weights[draws.t] * (eps - draws.eps).square().mean(1)  # mean weight 1: D9
         else:
             action = approximate_action(x_t, draws.t, eps, self.alpha_bar)  # (batch, action_dim)
             log_prob = -0.5 * ((batch.action - action).square() + math.log(2 * math.pi)).sum(1)  # D9
         guidance_loss = -(weight * log_prob).mean()
-        loss = bc_loss + self.args.guidance_weight * guidance_loss  # D4
+        loss = bc_loss + self.args.guidance_weight * guidance_loss  # not divided by lambda: D4
         metrics = {"actor_loss": loss, "bc_loss": bc_loss, "guidance_loss": guidance_loss}
         return loss, metrics | {"weight": weight.mean()}
-
-    def descend(self, name: str, loss: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One optimizer step; adds the gradient norm before clipping (of the critics: their mean)."""
-        self.optimizers[name].zero_grad()
-        loss.backward()
-        clip = clip_by_member_norm if name == "critic" else clip_by_global_norm  # D3
-        grad_norm = clip(getattr(self, name).parameters(), self.args.max_grad_norm)
-        self.optimizers[name].step()
-        return metrics | {f"{name}_grad_norm": grad_norm.mean()}
 
     def update(self, data: Batch) -> dict[str, Tensor]:
         """One gradient step on random rows of the data: tensor operations only, no host sync; 0-d metrics."""
         rows = torch.randint(len(data.reward), (self.args.batch_size,), device=self.device)  # (batch,)
         batch, draws = Batch(*(column[rows] for column in data)), self.draw(self.args.batch_size)
-        metrics = self.descend("value", *self.value_loss(batch))  # D14
-        metrics |= self.descend("actor", *self.actor_loss(batch, draws))
-        metrics |= self.descend("critic", *self.critic_loss(batch))
+        max_norm = self.args.max_grad_norm
+        # V, before what learns from it: D14
+        loss, metrics = self.value_loss(batch)
+        self.optimizers["value"].zero_grad()
+        loss.backward()
+        metrics["value_grad_norm"] = clip_by_global_norm(self.value.parameters(), max_norm)
+        self.optimizers["value"].step()
+        # The actor
+        loss, actor_metrics = self.actor_loss(batch, draws)
+        self.optimizers["actor"].zero_grad()
+        loss.backward()
+        actor_metrics["actor_grad_norm"] = clip_by_global_norm(self.actor.parameters(), max_norm)
+        self.optimizers["actor"].step()
+        # The critics, each with a limit of its own: D3
+        loss, critic_metrics = self.critic_loss(batch)
+        self.optimizers["critic"].zero_grad()
+        loss.backward()
+        metrics["critic_grad_norm"] = clip_by_member_norm(self.critic.parameters(), max_norm).mean()
+        self.optimizers["critic"].step()
+        # The target critics
         polyak_update(self.critic_target, self.critic, self.args.tau)
-        return {name: value.detach() for name, value in metrics.items()}
+        return {name: value.detach() for name, value in (metrics | actor_metrics | critic_metrics).items()}
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -493,7 +502,7 @@ class EDPIQL(nn.Module):
             noise = torch.randn(self.noise_steps, len(obs), self.action_dim, device=self.device)
             noise[0] *= self.args.noise_scale
         actions = self.sample(self.actor, obs, noise, self.args.policy_scale)  # (batch * n, action_dim)
-        q = self.critic(obs, actions).amin(0).unflatten(0, (-1, n))  # (batch, n); D2
+        q = self.critic(obs, actions).amin(0).unflatten(0, (-1, n))  # (batch, n); not alpha Q: D2
         chosen = torch.multinomial(q.softmax(1), 1)  # (batch, 1)
         return actions.unflatten(0, (-1, n)).take_along_dim(chosen.unsqueeze(2), dim=1).squeeze(1)
 
@@ -503,14 +512,13 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
     """One episode in each env, side by side, seeded EVAL_SEED, EVAL_SEED + 1, ... at every call.
 
     One batched act() serves all episodes still running. The random state of the training is left as it was.
-    KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP asked for the end.
     """
     returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs)), np.ones(len(envs), dtype=bool)
     with torch.random.fork_rng(devices=[agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
         obs = np.stack([env.reset(seed=EVAL_SEED + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
         while running.any():
-            raise_if_interrupted()
+            stop_if_asked()  # Ctrl-C, SIGTERM: KeyboardInterrupt
             actions = agent.act(torch.from_numpy(obs[running]).to(agent.device)).cpu().numpy()
             for i, action in zip(np.flatnonzero(running), actions, strict=True):
                 obs[i], reward, terminated, truncated, _ = envs[i].step(action)
@@ -523,28 +531,36 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
 # === Training ===
 def train(args: Args) -> dict:
     """One run: train, evaluate, log and save; returns what results.json holds."""
-    run = Run(__file__, args, TASK_SETTINGS)
-    dataset = load_dataset(args.env_id, args.dataset, args.seed)
-    envs = [dataset.make_env() for _ in range(args.eval_episodes)]
-    actions = dataset.actions.clip(-0.999, 0.999)  # D15
-    rewards = tune_rewards(dataset, args.reward_tune)  # D16
+    torch.manual_seed(args.seed)
+    device = use_device(args.device, args.num_threads, args.matmul_precision)
+    task = find_task(args.env_id)
+    dataset = load_dataset(task, args.dataset, args.seed, args.action_bounds)
+    envs = make_envs(task, args.eval_episodes, args, dataset)
+    actions = dataset.actions.clip(-0.999, 0.999)  # as in the official code: D15
+    rewards = tune_rewards(dataset, args.reward_tune)  # D16: per domain
     columns = (dataset.observations, actions, rewards, dataset.next_observations, dataset.terminals)
-    data = Batch(*(torch.as_tensor(column, device=run.device) for column in columns))
+    data = Batch(*(torch.as_tensor(column, device=device) for column in columns))
 
-    agent = EDPIQL(data.obs.shape[1], data.action.shape[1], args, run.device)
-    run.begin(agent, dataset)
-    update = accelerated(partial(agent.update, data), agent, args)
-    with run:
-        while run.unfinished():
-            if run.evaluation_due():
-                run.add_evaluation(evaluate(agent, envs))
-                continue  # a run may also be left between an evaluation and the next step
+    agent = EDPIQL(data.obs.shape[1], data.action.shape[1], args, device)
+    if args.compile:
+        losses = compiled(agent.value_loss, agent.critic_loss, agent.actor_loss)
+        agent.value_loss, agent.critic_loss, agent.actor_loss = losses
+    run = Run(__file__, args, TASK_SETTINGS, agent, dataset)  # its folder; with --resume, all as it was saved
+    update = run.guarded(cuda_graphed(partial(agent.update, data), device, args.cuda_graph))
+    with run:  # Ctrl-C and SIGTERM save and stop it between two steps
+        if run.evaluation_due():  # the run was stopped in it
+            run.log_evaluation(evaluate(agent, envs))
+        while run.step < args.total_steps:
+            stop_if_asked()
             agent.set_step(run.step)
-            run.record(update())
+            run.add_losses(update())
+            run.step += 1
             if run.reached(args.log_every):
-                run.log()
+                run.log_losses()  # losses/*: their means since the last time
+            if run.evaluation_due():
+                run.log_evaluation(evaluate(agent, envs))  # eval/*
             if run.reached(args.save_every):
-                run.save()
+                run.save()  # agent, optimizers, random state, results
     return run.results
 
 

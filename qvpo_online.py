@@ -26,18 +26,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from common.checkpoints import cannot_write
-from common.devices import accelerated, default_threads, mish
-from common.envs import make_online_env
-from common.runs import Run, raise_if_interrupted, run_command
-from common.settings import Even, NonNegative, Positive, UnitInterval
-from common.tasks import UserError
-
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common.cli import Even, NonNegative, Positive, Threads, UnitInterval, UserError, run_command
+from common.devices import (
+    allocate,
+    compiled,
+    cuda_graphed,
+    default_threads,
+    mish,
+    split_for_cache,
+    use_device,
+)
+from common.envs import make_envs
+from common.runs import Run, stop_if_asked
+from common.tasks import find_task
 
 EVAL_SEED = 10_000  # evaluation episodes are seeded EVAL_SEED, EVAL_SEED + 1, ...
 
@@ -48,12 +55,13 @@ class Args:
     """The defaults are the official code's; a task's row of TASK_SETTINGS replaces some of them (D2)."""
 
     env_id: str = "Hopper-v4"  # task: a Gymnasium id with Box spaces, or bandit-<pattern>-v0
+    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, JSON or key=value: max_episode_steps=500
     seed: NonNegative[int] = 0  # seed of initial weights, batches and noise
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
-    num_threads: Positive[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
+    num_threads: Threads[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products, as in PyTorch
     compile: bool = False  # compile the losses with torch.compile
-    cuda_graph: bool = True  # on CUDA, replay the whole update as one CUDA graph
+    cuda_graph: bool = True  # on CUDA, replay the whole update as one CUDA graph; not yet tried on a GPU
     total_steps: Positive[int] = 1_000_000  # environment steps; after learning_starts with an update each
     batch_size: Positive[int] = 256  # transitions per gradient step, drawn with replacement
     gamma: UnitInterval[float] = 0.99  # discount factor
@@ -68,9 +76,9 @@ class Args:
     # --- QVPO ---
     learning_starts: NonNegative[int] = 10_000  # random actions before the first update
     replay_size: Positive[int] = 1_000_000  # transitions kept; the oldest are replaced
-    time_limit_is_terminal: bool = False  # no value after a time limit, as in the official code; D1
+    time_limit_is_terminal: bool = False  # no value after a time limit, as in the official code: D1
     diffusion_steps: Positive[int] = 20  # denoising steps, T
-    hidden_dims: tuple[Positive[int], ...] = (256, 256, 256)  # hidden units per layer of all networks; D3
+    hidden_dims: tuple[Positive[int], ...] = (256, 256, 256)  # hidden units per layer; two in the paper: D3
     time_dim: Even[int] = 32  # features of the timestep
     num_behavior_samples: Positive[int] = 4  # candidates per action taken while learning, K_b
     num_target_samples: Positive[int] = 4  # candidates per next state for the target value, K_t
@@ -85,7 +93,7 @@ class Args:
     actor_lr: NonNegative[float] = 1e-4  # learning rate of the actor
     critic_lr: NonNegative[float] = 3e-4  # learning rate of the critics
     adam_eps: Positive[float] = 1e-5  # epsilon of Adam
-    max_grad_norm: Positive[float] = 2.0  # limit of the global gradient norm, per optimizer; D9
+    max_grad_norm: Positive[float] = 2.0  # limit of the global gradient norm, per optimizer; the code's: D9
 
 
 # fmt: off
@@ -207,13 +215,12 @@ class EnsembleCritic(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, num_qs: int, hidden_dims: tuple[int, ...]):
         super().__init__()
-        self.num_qs = num_qs
         sizes = pairwise((obs_dim + action_dim, *hidden_dims, 1))
         self.layers = nn.ModuleList(EnsembleLinear(num_qs, n_in, n_out) for n_in, n_out in sizes)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], dim=1)  # (batch, obs_dim + action_dim)
-        x = x.expand(self.num_qs, -1, -1)  # (num_qs, batch, obs_dim + action_dim)
+        x = x.expand(len(self.layers[0].weight), -1, -1)  # (num_qs, batch, obs_dim + action_dim)
         for layer in self.layers[:-1]:
             x = mish(layer(x))
         return self.layers[-1](x).squeeze(2)  # (num_qs, batch)
@@ -309,9 +316,7 @@ class QVPO(nn.Module):
         def predict_noise(x: Tensor, t: int) -> Tensor:
             return actor(x.unflatten(0, (-1, batch)), shared[t]).flatten(0, 1)
 
-        whole = self.device.type == "cuda" or torch.compiler.is_compiling()
-        few = n if whole else max(1, 1024 // batch)  # whose activations stay in a CPU's cache
-        parts = [part.flatten(1, 2) for part in noise.split(few, dim=1)]
+        parts = [part.flatten(1, 2) for part in split_for_cache(noise, 1024 // batch, dim=1)]
         actions = torch.cat([ddpm_sample(predict_noise, each, self.schedule, self.sigma) for each in parts])
         q = critic(obs.repeat(n, 1), actions).amin(0)  # (n * batch,)
         return actions.unflatten(0, (n, batch)), q.unflatten(0, (n, batch))
@@ -343,7 +348,7 @@ class QVPO(nn.Module):
         """mean w (eps_theta(s, x_t, t) - eps)^2, Eq. 6; obs (batch, obs_dim), the others (n, batch, ...)."""
         x_t = add_noise(action.flatten(0, 1), t.flatten(), eps.flatten(0, 1), self.alpha_bar)
         error = self.actor(x_t.view_as(eps), self.actor.shared(obs, t.unsqueeze(2))) - eps
-        return (weight * error.square().mean(2)).mean()  # D5
+        return (weight * error.square().mean(2)).mean()  # over the uniform ones, too: D5
 
     def actor_loss(self, obs: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of the best of the actor's own actions and, as entropy term, of uniform ones.
@@ -357,23 +362,27 @@ class QVPO(nn.Module):
         loss = self.weighted_loss(obs, action, weight, draws.t, draws.eps)
         return loss, {"actor_loss": loss} | metrics
 
-    def descend(self, name: str, loss: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One optimizer step of the actor or the critics; adds the gradient norm before clipping."""
-        self.optimizers[name].zero_grad()
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(getattr(self, name).parameters(), self.args.max_grad_norm)
-        self.optimizers[name].step()
-        return metrics | {f"{name}_grad_norm": grad_norm}
-
     def update(self, data: Batch) -> dict[str, Tensor]:
         """One gradient step on random rows of the data: tensor operations only, no host sync; 0-d metrics."""
         # A bound of randint is a number on the host, and fixed in a CUDA graph; num_stored is on the device.
-        rows = torch.randint(2**62, (2, self.args.batch_size), device=self.device) % self.num_stored  # D4
+        rows = torch.randint(2**62, (2, self.args.batch_size), device=self.device) % self.num_stored
         batch, draws = Batch(*(column[rows[0]] for column in data)), self.draw(self.args.batch_size)
-        metrics = self.descend("critic", *self.critic_loss(batch, draws))
-        metrics |= self.descend("actor", *self.actor_loss(data.obs[rows[1]], draws))
+        # The critics
+        loss, metrics = self.critic_loss(batch, draws)
+        self.optimizers["critic"].zero_grad()
+        loss.backward()
+        critic_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
+        self.optimizers["critic"].step()
+        # The actor, on other states: D4
+        loss, actor_metrics = self.actor_loss(data.obs[rows[1]], draws)
+        self.optimizers["actor"].zero_grad()
+        loss.backward()
+        actor_norm = nn.utils.clip_grad_norm_(self.actor.parameters(), self.args.max_grad_norm)
+        self.optimizers["actor"].step()
+        # The targets
         polyak_update(self.actor_target, self.actor, self.args.tau)
         polyak_update(self.critic_target, self.critic, self.args.tau)
+        metrics |= actor_metrics | {"critic_grad_norm": critic_norm, "actor_grad_norm": actor_norm}
         return {name: value.detach() for name, value in metrics.items()}
 
     def best_of(self, n: int, obs: Tensor, noise: Tensor | None) -> Tensor:
@@ -389,7 +398,7 @@ class QVPO(nn.Module):
         return self.best_of(self.args.num_behavior_samples, obs, noise)
 
     def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The same with num_action_samples, for evaluation (D8)."""
+        """The same with num_action_samples, for evaluation, noise included (D8)."""
         return self.best_of(self.args.num_action_samples, obs, noise)
 
 
@@ -398,14 +407,13 @@ def evaluate(agent: nn.Module, envs: list[gym.Env]) -> dict:
     """One episode in each env, side by side, seeded EVAL_SEED, EVAL_SEED + 1, ... at every call.
 
     One batched act() serves all episodes still running. The random state of the training is left as it was.
-    KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP asked for the end.
     """
     returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs)), np.ones(len(envs), dtype=bool)
     with torch.random.fork_rng(devices=[agent.device] if agent.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
         obs = np.stack([env.reset(seed=EVAL_SEED + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
         while running.any():
-            raise_if_interrupted()
+            stop_if_asked()  # Ctrl-C, SIGTERM: KeyboardInterrupt
             actions = agent.act(torch.from_numpy(obs[running]).to(agent.device)).cpu().numpy()
             for i, action in zip(np.flatnonzero(running), actions, strict=True):
                 obs[i], reward, terminated, truncated, _ = envs[i].step(action)
@@ -427,7 +435,7 @@ class Experience:
         self.env, self.args, self.capacity = env, args, min(args.replay_size, args.total_steps)
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
         self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
-        self.rows = torch.empty(self.capacity, sum(self.sizes), dtype=torch.float32, device=device)
+        self.rows = allocate(self.capacity, sum(self.sizes), device, "--replay-size")
         obs, action, reward, next_obs, terminal = self.rows.split(self.sizes, dim=1)
         self.data = Batch(obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1))
         self.count, self.saved, self.checksum = 0, 0, 0  # transitions so far, those in the file, its CRC
@@ -442,7 +450,7 @@ class Experience:
     def play(self, action: np.ndarray) -> tuple[Tensor, bool]:
         """One step of the environment: the transition as a row, and whether the episode is over."""
         next_obs, reward, terminated, truncated, _ = self.env.step(action)
-        terminal = terminated or (truncated and self.args.time_limit_is_terminal)  # D1
+        terminal = terminated or (truncated and self.args.time_limit_is_terminal)  # the code's mask: D1
         row = np.concatenate([self.obs, action, [reward], next_obs, [terminal]], dtype=np.float32)
         self.obs = next_obs.astype(np.float32)
         self.episode_return += float(reward)
@@ -468,26 +476,20 @@ class Experience:
         """Append what is new to replay.bin, safe from a power cut; returns what the checkpoint must hold."""
         path, row_bytes = folder / "replay.bin", 4 * sum(self.sizes)
         new = self.rows[self.slots(self.saved)].cpu().numpy().tobytes()
-        try:
-            with open(path, "ab") as file:
-                file.truncate(self.saved * row_bytes)  # after a crash there may be more than was saved
-                file.write(new)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise cannot_write(path, error) from error
+        with open(path, "ab") as file:
+            file.truncate(self.saved * row_bytes)  # after a crash there may be more than was saved
+            file.write(new)
+            file.flush()
+            os.fsync(file.fileno())
         self.saved, self.checksum = self.count, zlib.crc32(new, self.checksum)
         return {name: getattr(self, name) for name in ("count", "checksum", "episode_start", "episode_seed")}
 
     def load(self, folder: Path, state: dict[str, int]) -> None:
-        """What save() wrote; the episode that was under way is played again. UserError: another file."""
+        """What save() wrote; the episode that was under way is played again. ValueError: another file."""
         path, row_size = folder / "replay.bin", sum(self.sizes)
-        try:
-            stored = np.fromfile(path, np.float32, state["count"] * row_size)
-        except OSError as error:
-            raise UserError(f"--resume: cannot read {path}: {error.strerror}") from error
+        stored = np.fromfile(path, np.float32, state["count"] * row_size)
         if zlib.crc32(stored) != state["checksum"]:
-            raise UserError(f"--resume: {path} is damaged, or not that of the checkpoint")
+            raise ValueError(f"{path} is damaged, or not that of the checkpoint")
         self.count, self.saved, self.checksum = state["count"], state["count"], state["checksum"]
         newest = torch.from_numpy(stored).view(-1, row_size)[-self.capacity :]
         self.rows[self.slots(self.count - len(newest))] = newest.to(self.rows.device)
@@ -505,33 +507,40 @@ class Experience:
 
 def train(args: Args) -> dict:
     """One run: act, learn, evaluate, log and save; returns what results.json holds."""
-    run = Run(__file__, args, TASK_SETTINGS)
     if args.num_chosen > args.num_train_samples:
         raise UserError(f"--num-chosen is {args.num_chosen}, of only {args.num_train_samples} candidates")
-    env, *envs = (make_online_env(args.env_id) for _ in range(1 + args.eval_episodes))
-    experience = Experience(env, args, run.device)
+    torch.manual_seed(args.seed)
+    device = use_device(args.device, args.num_threads, args.matmul_precision)
+    env, *envs = make_envs(find_task(args.env_id), 1 + args.eval_episodes, args)
+    experience = Experience(env, args, device)
 
-    agent = QVPO(env.observation_space.shape[0], env.action_space.shape[0], args, run.device)
-    run.begin(agent, memory=experience)
-    update = accelerated(partial(agent.update, experience.data), agent, args)
-    with run:
-        while run.unfinished():
-            if run.evaluation_due():
-                run.add_evaluation(evaluate(agent, envs))
-                continue  # a run may also be left between an evaluation and the next step
+    agent = QVPO(env.observation_space.shape[0], env.action_space.shape[0], args, device)
+    if args.compile:
+        losses = compiled(agent.critic_loss, agent.weighted_loss, agent.actor_loss)
+        agent.critic_loss, agent.weighted_loss, agent.actor_loss = losses
+    run = Run(__file__, args, TASK_SETTINGS, agent, memory=experience)
+    update = run.guarded(cuda_graphed(partial(agent.update, experience.data), device, args.cuda_graph))
+    with run:  # Ctrl-C and SIGTERM save and stop it between two steps
+        if run.evaluation_due():  # the run was stopped in it
+            run.log_evaluation(evaluate(agent, envs))
+        while run.step < args.total_steps:
+            stop_if_asked()
             agent.set_step(run.step)
             if run.step < args.learning_starts:
                 action = 2 * torch.rand(agent.action_dim) - 1  # (action_dim,)
             else:
-                obs = torch.from_numpy(experience.obs).to(run.device)  # (obs_dim,)
+                obs = torch.from_numpy(experience.obs).to(device)  # (obs_dim,)
                 action = agent.explore(obs.unsqueeze(0)).squeeze(0).cpu()  # (action_dim,)
             episode = experience.step(action.numpy())
-            run.record(update() if run.step + 1 >= args.learning_starts else {})
+            run.add_losses(update() if run.step + 1 >= args.learning_starts else {})
+            run.step += 1
             run.add_to_curves("charts", episode)
             if run.reached(args.log_every):
-                run.log()
+                run.log_losses()  # losses/*: their means since the last time
+            if run.evaluation_due():
+                run.log_evaluation(evaluate(agent, envs))  # eval/*
             if run.reached(min(args.save_every, args.replay_size)):  # before unsaved transitions are replaced
-                run.save()  # D14
+                run.save()  # agent, optimizers, random state, results, transitions; not the best: D14
     return run.results
 
 

@@ -13,15 +13,11 @@ def polar(radius: float | np.ndarray, angle: np.ndarray) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
 
 
-def by_radius(modes: np.ndarray) -> np.ndarray:
-    """The modes (M, 2), the nearest to the centre first."""
-    return modes[np.linalg.norm(modes, axis=1).argsort(kind="stable")]
-
-
 MOON = polar(0.5, np.linspace(0, np.pi, 12)) - [0.25, 0.125]
 ALONG = np.sqrt(np.linspace(0, 1, 32))  # along the arm of the spiral, from the inside out
 LINE = np.linspace(-0.8, 0.8, 5)
-GRID = by_radius(np.stack(np.meshgrid(LINE, LINE), axis=-1).reshape(-1, 2))
+GRID = np.stack(np.meshgrid(LINE, LINE), axis=-1).reshape(-1, 2)
+GRID = GRID[np.linalg.norm(GRID, axis=1).argsort(kind="stable")]  # the nearest to the centre first
 TURNS = np.sqrt(np.linspace(1 / 9, 1, 36))  # equal steps along the Swiss roll, which begins at a third
 ROLL = polar(0.85 * TURNS, 4.5 * np.pi * TURNS)
 BANDITS = {  # the modes (M, 2) of the data, from the worst and most frequent to the best and rarest
@@ -89,8 +85,4 @@ class Bandit(gymnasium.Env):
         return np.zeros(1, np.float32), {}
 
     def step(self, action: np.ndarray) -> tuple:
-        return np.zeros(1, np.float32), float(self.reward(action[None])[0]), True, False, {}
-
-    def reward(self, actions: np.ndarray) -> np.ndarray:
-        """Reward (N,) of actions (N, 2)."""
-        return bandit_reward(self.task, actions)
+        return np.zeros(1, np.float32), bandit_reward(self.task, action[None]).item(), True, False, {}

@@ -1,6 +1,6 @@
 """D4RL's environments, on top of those that are maintained today: Gymnasium's and Gymnasium-Robotics'.
 
-    env = make_d4rl_env("antmaze-umaze-v2", horizon=700)
+    env = make_d4rl_env("antmaze-umaze-v2", max_episode_steps=700)
 
 Observations, rewards, starts, goals, horizons and ends of episodes are D4RL's. docs/tasks.md lists, for each
 domain, what still differs. The original's source: github.com/Farama-Foundation/D4RL, d4rl/{gym_mujoco,
@@ -10,8 +10,7 @@ locomotion,hand_manipulation_suite,kitchen}.
 import contextlib
 import io
 from collections.abc import Callable
-from functools import partial
-from importlib import metadata
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,17 +31,15 @@ HAND_TO_OBJECT = {  # palm minus object (3,), from an observation of Adroit's ta
     "hammer": lambda obs: obs[33:36] - obs[36:39],
     "relocate": lambda obs: obs[30:33],
 }
-ROBOTICS = (1, 4, 2)  # the oldest gymnasium-robotics whose environments are as this file expects them
-KITCHEN_MUJOCO = (3, 11)  # the newest mujoco that FrankaKitchen-v1 of gymnasium-robotics 1.4.2 works with
 
 
-def make_d4rl_env(task: str, horizon: int, **options) -> gymnasium.Env:
-    """The environment of a D4RL task, cut off after `horizon` steps; other options are gymnasium.make's.
+def make_d4rl_env(task: str, **options) -> gymnasium.Env:
+    """The environment of a D4RL task; the options are gymnasium.make's.
 
-    ImportError: a package that it needs is missing or of the wrong version. LookupError: not rebuilt here.
+    ImportError: a package that it needs is missing. LookupError: not rebuilt here.
     """
+    import_robotics()
     family, *variant = task.split("-")
-    options = {"max_episode_steps": horizon, **options}
     if family == "antmaze":
         return AntMaze(variant[0], **options)
     if family in HAND_TO_OBJECT or family == "pen":
@@ -53,22 +50,9 @@ def make_d4rl_env(task: str, horizon: int, **options) -> gymnasium.Env:
 
 
 def import_robotics() -> None:
-    """Register gymnasium-robotics' environments, without the note it prints. ImportError: missing or old."""
-    needed = ".".join(map(str, ROBOTICS))
-    advice = f"pip install gymnasium-robotics=={needed}"
-    try:
-        found = metadata.version("gymnasium-robotics")
-    except metadata.PackageNotFoundError:
-        raise ImportError(f"it needs the package gymnasium-robotics: {advice}") from None
-    if version_numbers(found) < ROBOTICS:
-        raise ImportError(f"it needs gymnasium-robotics {needed} or newer, found {found}: {advice}")
+    """Register gymnasium-robotics' environments, without the note it prints. ImportError: it is missing."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         import gymnasium_robotics  # noqa: F401
-
-
-def version_numbers(version: str) -> tuple[int, ...]:
-    """ "1.4.2" -> (1, 4, 2), without what is not a number ("1.5.0a1" -> (1, 5))."""
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 class AntMaze(gymnasium.Wrapper):
@@ -83,7 +67,6 @@ class AntMaze(gymnasium.Wrapper):
     """
 
     def __init__(self, size: str, **options):
-        import_robotics()
         from gymnasium_robotics.envs.maze import maps
 
         rows = getattr(maps, {"umaze": "U_MAZE", "medium": "MEDIUM_MAZE", "large": "LARGE_MAZE"}[size])
@@ -134,7 +117,6 @@ class Adroit(gymnasium.Wrapper):
     """
 
     def __init__(self, family: str, **options):
-        import_robotics()
         self.family = family
         name = f"AdroitHand{family.title()}"
         self.sign_is_wrong = family in HAND_TO_OBJECT and f"{name}-v2" not in gymnasium.registry
@@ -158,17 +140,11 @@ class Kitchen(gymnasium.Wrapper):
     """
 
     def __init__(self, variant: str, **options):
-        import_robotics()
         import mujoco
 
-        if version_numbers(mujoco.__version__)[:2] > KITCHEN_MUJOCO:
-            newest = ".".join(map(str, KITCHEN_MUJOCO))
-            advice = f"pip install mujoco=={newest}.0"
-            raise ImportError(f"it needs mujoco {newest} or older, found {mujoco.__version__}: {advice}")
         options |= {"tasks_to_complete": list(KITCHEN_TASKS[variant]), "disable_env_checker": True}
         options |= {"robot_noise_ratio": 0.1, "object_noise_ratio": 0.1}  # as in D4RL
-        compiled_once = partial(share_model, mujoco.MjModel.from_xml_path)
-        with mock.patch.object(mujoco.MjModel, "from_xml_path", compiled_once):
+        with mock.patch.object(mujoco.MjModel, "from_xml_path", shared_compiler()):
             super().__init__(gymnasium.make("FrankaKitchen-v1", **options))
         from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES
 
@@ -190,14 +166,12 @@ class Kitchen(gymnasium.Wrapper):
         return np.concatenate([obs["observation"][:9], obs["observation"][18:39], self.goal])
 
 
-MODELS: dict[str, object] = {}  # path of a kitchen's XML file -> its compiled mujoco.MjModel
-
-
-def share_model(compile_model: Callable, path: str):
-    """The compiled model of a file, the same for all environments: 100 kitchens' own would take 8 GB, 1 min.
+@cache
+def shared_compiler() -> Callable:
+    """Compiles an XML file once, for all environments: 100 kitchens' own models would take 8 GB and a minute.
 
     Only for environments that leave their model as it is.
     """
-    if path not in MODELS:
-        MODELS[path] = compile_model(path)
-    return MODELS[path]
+    import mujoco
+
+    return cache(mujoco.MjModel.from_xml_path)

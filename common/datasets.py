@@ -1,25 +1,26 @@
-"""From the name of a task to its transitions, and to the environment that scores a policy trained on them.
+"""From a task to its transitions, as arrays.
 
-data = load_dataset("hopper-medium-v2")
-env = data.make_env()
+data = load_dataset(find_task("hopper-medium-v2"))
+
+D4RL's names are read by D4RL's own rules, row for row; a user's file as a user means it (own_data.py). What
+is dropped, clipped, rescaled or ignored is said in one line, with its count, or refused.
 """
 
 import os
-from collections.abc import Callable
+import zlib
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from common.envs import make_env
-from common.scores import reference_returns
-from common.tasks import BANDIT_TASKS, D4RL_TASKS, DATA, UserError, check_task, is_minari_id, user_path
-
-import gymnasium
 import h5py
 import numpy as np
 
-D4RL_FIELDS = ["observations", "actions", "rewards", "terminals", "timeouts"]
+from common.cli import UserError
+from common.scores import Reference, reference_returns
+from common.tasks import DATA, Task, is_minari_id
+
+REQUIRED = ["observations", "actions", "rewards", "terminals"]
+OPTIONAL = ["timeouts", "next_observations"]
 RewardRule = Literal[
     "none", "iql_locomotion", "iql_antmaze", "cql_antmaze", "antmaze", "antmaze100", "normalize", "minmax"
 ]
@@ -27,9 +28,9 @@ RewardRule = Literal[
 
 @dataclass(frozen=True)
 class Dataset:
-    """Transitions, none across an episode boundary, and how to score a policy that was trained on them."""
+    """Transitions, none across an episode boundary, and what their episodes scored."""
 
-    task: str  # what to call it on screen
+    name: str  # what to call it on screen
     observations: np.ndarray  # (N, obs_dim) float32
     actions: np.ndarray  # (N, action_dim) float32 in [-1, 1]
     rewards: np.ndarray  # (N,) float32
@@ -37,153 +38,123 @@ class Dataset:
     terminals: np.ndarray  # (N,) float32, 1 where the environment ended (a timeout is not terminal)
     episode_ends: np.ndarray  # (N,) float32, 1 on the last transition of each episode
     episode_returns: np.ndarray  # (num complete episodes,) undiscounted, as an evaluation would count them
-    reference_returns: tuple[float, float] | None  # returns that score 0 and 100; None: unknown
-    make_env: Callable[[], gymnasium.Env]  # a fresh evaluation env; raises UserError if there is none
+    reference_returns: Reference  # returns that score 0 and 100
+
+    def checksum(self) -> list[int]:
+        """By which a resumed run knows its transitions again."""
+        columns = self.observations, self.actions, self.rewards, self.next_observations, self.terminals
+        return [zlib.crc32(column.data) for column in columns]
+
+    def largest(self) -> tuple[str, float]:
+        """Name and largest absolute value of the column that has the largest numbers."""
+        sizes = np.abs(np.column_stack([self.observations, self.rewards])).max(0)  # (obs_dim + 1,)
+        column = int(sizes.argmax())
+        return f"observations[:, {column}]" if column < len(sizes) - 1 else "rewards", float(sizes[column])
 
 
-def load_dataset(task: str, dataset: str | None = None, seed: int = 0) -> Dataset:
-    """The transitions of a task. UserError: unknown task, failed download, broken or unusable data.
+def load_dataset(
+    task: Task, dataset: str | None = None, seed: int = 0, action_bounds: tuple[float, float] = (-1, 1)
+) -> Dataset:
+    """The transitions of a task. UserError: failed download, broken or unusable data.
 
-    `dataset`, an HDF5 file in D4RL layout or a Minari id, replaces the task's own transitions; the task still
-    names evaluation env, horizon and reference returns. `seed` is for the bandits, which are generated.
+    `dataset`, an HDF5 file or a Minari id, replaces the task's own transitions. `action_bounds` are what -1
+    and 1 of the policy are in such a file; Minari's datasets say it themselves. `seed` is for the bandits,
+    which are generated.
     """
-    check_task(task)
-    source = task if dataset is None else dataset
+    source, reference = dataset or task.name, reference_returns(task.name)
     if is_minari_id(source):
-        from common.minari_data import read_minari
+        from common.minari_data import minari_reference, read_minari
 
         fields = check_fields(source, read_minari(source))
         fields["episode_returns"] = sum_by_episode(fields["rewards"], fields["episode_ends"])
+        reference = reference or minari_reference(source)
     elif dataset is not None:
-        fields = read_d4rl(user_path(dataset), task)
-    elif task in D4RL_TASKS:
+        from common.own_data import read_own
+
+        fields = read_own(Path(dataset).expanduser(), task, *action_bounds)
+    elif task.kind == "d4rl":
         fields = read_d4rl(d4rl_file(task), task)
-    elif task in BANDIT_TASKS:
+    elif task.kind == "bandit":
         from common.bandits import sample_bandit
 
-        fields = sample_bandit(task, seed)
+        fields = sample_bandit(task.name, seed)
     else:
-        raise UserError(f"{task} has no transitions of its own: name a file or Minari id with --dataset")
-
+        raise UserError(f"{task.name} has no transitions of its own: name a file or Minari id with --dataset")
     arrays = {name: np.asarray(values, np.float32) for name, values in fields.items()}
-    outside = np.abs(arrays["actions"]) > 1
-    if outside.any():
-        print(f"{source}: clipped {outside.sum():,} of {outside.size:,} action values to [-1, 1]")
-    arrays["actions"] = arrays["actions"].clip(-1, 1)
-    return Dataset(
-        task=task if dataset is None else f"{task} with the data of {dataset}",
-        **arrays,
-        reference_returns=task_reference(task),
-        make_env=partial(make_env, task, arrays["observations"].shape[1], arrays["actions"].shape[1]),
-    )
+    name = task.name if dataset is None else f"{task.name} with the data of {dataset}"
+    return Dataset(name, **arrays, reference_returns=reference)
 
 
-def task_reference(task: str) -> tuple[float, float] | None:
-    """The returns that score 0 and 100 in a task; None if they are unknown."""
-    if not is_minari_id(task):
-        return reference_returns(task)
-    from common.minari_data import minari_reference
-
-    return minari_reference(task)
-
-
-def d4rl_file(task: str) -> Path:
+# === D4RL's files ===
+def d4rl_file(task: Task) -> Path:
     """Path of the task's file; it is bundled, or downloaded to D4RL_DATASET_DIR or ~/.d4rl/datasets."""
-    info = D4RL_TASKS[task]
-    name = Path(info["file"]).name
+    name = Path(task.file["file"]).name
     if (DATA / name).exists():
         return DATA / name
-    path = user_path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets") / name
-    if not os.path.exists(path):
+    path = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / name
+    if not path.exists():
         from common.downloads import download
 
-        download(info, path)
+        download(task.file, path)
     size = path.stat().st_size  # hashing half a gigabyte at every start would be too slow
-    if info["bytes"] not in (None, size):
+    if task.file["bytes"] not in (None, size):
         advice = f"--dataset {path} uses it as it is; if you move it away, D4RL's is downloaded."
-        raise UserError(f"{path} has {size:,} bytes, not {info['bytes']:,} like D4RL's file\n{advice}")
+        raise UserError(f"{path} has {size:,} bytes, not {task.file['bytes']:,} like D4RL's file\n{advice}")
     return path
 
 
-def read_d4rl(path: Path, task: str) -> dict[str, np.ndarray]:
-    """The transitions of D4RL's `qlearning_dataset`, one for one, from an HDF5 file in D4RL layout.
+def read_d4rl(path: Path, task: Task) -> dict[str, np.ndarray]:
+    """The transitions of D4RL's `qlearning_dataset`, one for one.
 
     The next observation of a row is that of the row below. So the last row is dropped, and every timeout row,
     terminal or not, since the row below is another episode's. Other terminal rows stay: their next
     observation, wrong as it is, is never bootstrapped from. Returns the arrays of `Dataset` by name.
     """
-    rows = check_fields(path, read_fields(path))
+    rows, _ = read_file(path)
     terminals = rows["terminals"].astype(bool)
-    timeouts = rows["timeouts"].astype(bool) if "timeouts" in rows else cut_at_horizon(terminals, task)
+    timeouts = rows["timeouts"] if "timeouts" in rows else cut_at_horizon(terminals, task.horizon, late=True)
+    timeouts = timeouts.astype(bool)
     keep = np.flatnonzero(~timeouts[:-1])
     if keep.size == 0:
         raise UserError(f"{path} has no transition: {len(timeouts)} rows, {timeouts.sum()} of them timeouts")
-    fields = {name: rows[name][keep] for name in ("observations", "actions", "rewards", "terminals")}
+    fields = {name: rows[name][keep] for name in REQUIRED}
+    fields["actions"] = clip(path, fields["actions"])
     fields["next_observations"] = rows["observations"][keep + 1]
     fields["episode_ends"] = terminals[keep] | timeouts[keep + 1]
     fields["episode_ends"][-1] = True
     return fields | {"episode_returns": evaluated_returns(task, rows["rewards"], terminals, timeouts)}
 
 
-def read_fields(path: Path) -> dict[str, np.ndarray]:
-    """The fields of an HDF5 file in D4RL layout. UserError: it cannot be read, or not all of it is there."""
-    if not os.path.isfile(path):  # to open a pipe would take forever
-        raise UserError(f"there is no file {path}; --dataset takes an HDF5 file or a Minari id")
+# === Files ===
+def read_file(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The checked fields of an HDF5 file in D4RL's layout, and the names of what else is in it.
+
+    UserError: it cannot be read, or a field is missing or unusable.
+    """
+    if not path.is_file():  # to open a pipe would take forever
+        advice = "--dataset takes an HDF5 file or a Minari id; in a resumed run it is the checkpoint's"
+        raise UserError(f"there is no file {path} (seen from {os.getcwd()}); {advice}")
     try:
         with h5py.File(path, "r") as file:
-            found = {name: file[name] for name in D4RL_FIELDS if isinstance(file.get(name), h5py.Dataset)}
-            missing = [name for name in D4RL_FIELDS[:-1] if name not in found]
-            if missing:
+            known = [name for name in REQUIRED + OPTIONAL if isinstance(file.get(name), h5py.Dataset)]
+            if missing := [name for name in REQUIRED if name not in known]:
                 raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(file) or 'nothing'}")
-            if "timeouts" not in found and "truncations" in file:
+            if "timeouts" not in known and "truncations" in file:
                 raise UserError(f"{path} has truncations; in D4RL's layout they are called timeouts")
-            for name, values in found.items():
-                if not is_here(values, file):
+            for name in known:
+                if not is_here(file[name], file):
                     raise UserError(f"{path}: {name} has rows that were never written, or are in other files")
-            return {name: values[()] for name, values in found.items()}
+            fields = {name: file[name][()] for name in known}
+            ignored = [name for name in file if name not in known]
     except (OSError, RuntimeError, KeyError, ValueError, MemoryError) as error:  # h5py's and NumPy's
         raise UserError(f"cannot read {path} as an HDF5 file: {error}") from error
+    return check_fields(path, fields), ignored
 
 
 def is_here(values: h5py.Dataset, file: h5py.File) -> bool:
     """Whether all rows were written, into this file; of others HDF5 reads zeros, or any file they name."""
     written = values.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED or not values.size
     return written and not values.is_virtual and not values.external and values.file == file
-
-
-def evaluated_returns(
-    task: str, rewards: np.ndarray, terminals: np.ndarray, timeouts: np.ndarray
-) -> np.ndarray:
-    """The returns (num complete episodes,) that the recorded episodes would have got in an evaluation.
-
-    They count the steps up to the horizon. Two domains were recorded otherwise than they are evaluated: ants
-    go on after they reached the goal, and a step in the kitchen is rewarded for all that is done by then.
-    """
-    family = task.split("-")[0] if task in D4RL_TASKS else None
-    horizon = D4RL_TASKS[task]["horizon"] if family else None
-    ends = timeouts if family == "antmaze" else terminals | timeouts
-    episodes = np.split(rewards.astype(np.float64), np.flatnonzero(ends) + 1)[:-1]
-    count = np.max if family in ("antmaze", "kitchen") else np.sum
-    return np.array([count(episode[:horizon]) for episode in episodes])
-
-
-def cut_at_horizon(terminals: np.ndarray, task: str) -> np.ndarray:
-    """The timeouts (N,) that D4RL assumes in a file without them: a cut where an episode reaches the horizon.
-
-    As in D4RL the count of an episode that follows a terminal row starts at that row, one step too early.
-    """
-    if task in D4RL_TASKS:
-        horizon = D4RL_TASKS[task]["horizon"]
-    else:
-        env = make_env(task, advice="without it the file needs timeouts, true where an episode was cut off")
-        horizon = getattr(env.spec, "max_episode_steps", None) or len(terminals) + 1
-    timeouts = np.zeros_like(terminals)
-    start = 0
-    for end in [*np.flatnonzero(terminals), len(terminals) - 1]:
-        timeouts[start + horizon - 1 : end + 1 : horizon] = True
-        if not timeouts[end]:
-            start = end
-    return timeouts
 
 
 def check_fields(source: str | Path, fields: dict) -> dict[str, np.ndarray]:
@@ -199,6 +170,8 @@ def check_fields(source: str | Path, fields: dict) -> dict[str, np.ndarray]:
         if wrong_shape or values.dtype.kind not in "biuf":
             found, size = f"{values.dtype}{values.shape}", " size" if is_vector else ""
             raise UserError(f"{source}: {name} is {found}, not numbers shaped ({num_rows},{size})")
+        if name == "actions" and values.dtype.kind != "f":
+            raise UserError(f"{source}: actions are {values.dtype}; discrete actions cannot be learned here")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
             checked[name] = values.astype(np.float32, copy=False)
         bad = ~np.isfinite(checked[name]).reshape(num_rows, -1).all(axis=1)  # (N,)
@@ -209,11 +182,44 @@ def check_fields(source: str | Path, fields: dict) -> dict[str, np.ndarray]:
     return checked
 
 
+def clip(source: str | Path, actions: np.ndarray) -> np.ndarray:
+    """Actions clipped to [-1, 1]; says how many values that changes."""
+    if (outside := np.abs(actions) > 1).any():
+        print(f"{source}: clipped {outside.sum():,} of {outside.size:,} action values to [-1, 1]")
+    return actions.clip(-1, 1)
+
+
+def cut_at_horizon(terminals: np.ndarray, horizon: int | None, late: bool = False) -> np.ndarray:
+    """Timeouts (N,) for a file without them: true where an episode reaches the horizon.
+
+    late: as in D4RL the count of an episode that follows a terminal row starts at that row, one step early.
+    """
+    timeouts, start = np.zeros_like(terminals), 0
+    horizon = horizon or len(terminals) + 1
+    for end in [*np.flatnonzero(terminals), len(terminals) - 1]:
+        timeouts[start + horizon - 1 : end + 1 : horizon] = True
+        start = end if late and not timeouts[end] else end + 1
+    return timeouts
+
+
+def evaluated_returns(task: Task, rewards: np.ndarray, terminals: np.ndarray, timeouts: np.ndarray):
+    """The returns (num complete episodes,) that the recorded episodes would have got in an evaluation.
+
+    Two domains were recorded otherwise than they are evaluated: ants go on after they reached the goal, and a
+    step in the kitchen is rewarded for all that is done by then.
+    """
+    ends = timeouts if task.family == "antmaze" else terminals | timeouts
+    episodes = np.split(rewards.astype(np.float64), np.flatnonzero(ends) + 1)[:-1]
+    count = np.max if task.family in ("antmaze", "kitchen") else np.sum
+    return np.array([count(episode[: task.horizon]) for episode in episodes])
+
+
 def sum_by_episode(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Undiscounted returns of the complete episodes; `ends` (N,) is true on the last row of each."""
     return np.diff(np.cumsum(rewards, dtype=np.float64)[np.flatnonzero(ends)], prepend=0.0)
 
 
+# === Rewards ===
 def tune_rewards(data: Dataset, rule: RewardRule) -> np.ndarray:
     """The rewards (N,) to train on, by one of the rules of the official codes; scores use the raw rewards.
 
@@ -235,7 +241,7 @@ def tune_rewards(data: Dataset, rule: RewardRule) -> np.ndarray:
     shift, scale = rules[rule]
     if not scale > 1e-9:
         reason = "all rewards, or all returns of whole episodes, are equal"
-        raise UserError(f"{data.task}: --reward-tune {rule} is undefined: {reason}; none keeps the rewards")
+        raise UserError(f"{data.name}: --reward-tune {rule} is undefined: {reason}; none keeps the rewards")
     tuned = ((rewards - shift) / scale).astype(np.float32)
     print(f"rewards by {rule}: {describe(rewards)} -> {describe(tuned)}")
     return tuned

@@ -7,15 +7,17 @@ import ctypes
 import os
 import platform
 import re
+import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-
-from common.tasks import UserError
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from common.cli import UserError
+
+Update = Callable[[], dict[str, Tensor]]  # one gradient step; its losses
 
 
 def default_threads() -> int:
@@ -27,63 +29,63 @@ def default_threads() -> int:
 def use_device(name: str, num_threads: int, matmul_precision: str) -> torch.device:
     """The device called auto, cpu, cuda or cuda:<i>, after a first use that shows that it works.
 
-    num_threads and matmul_precision hold for the whole process. UserError: no such device, or many threads.
+    num_threads and matmul_precision hold for the whole process. UserError: there is no such device.
     """
-    if num_threads > 1024:
-        raise UserError(f"--num-threads is {num_threads}; above 1024 PyTorch may crash")
     torch.set_num_threads(num_threads)
-    torch.set_float32_matmul_precision(matmul_precision)
-    keep_freed_memory()
-    if matmul_library() == "onednn":  # PyTorch takes it where bfloat16 is allowed; without AMX it is float32
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+    if platform.libc_ver()[0] == "glibc":  # it keeps the memory of freed tensors: page faults take a fifth of
+        for option in (-1, -3):  # a step on a CPU; M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**30)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         device = torch.empty(0, device=chosen).device
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("it is neither cpu nor cuda")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # CUDA graphs and their streams are those of the current one
-        return device
+        elif device.type != "cpu":
+            raise RuntimeError("it is neither cpu nor cuda")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} is not available: {reason}; try --device cpu") from error
+    if device.type == "cpu" and matmul_library() == "onednn":
+        matmul_precision = "medium"  # lets PyTorch take it; its products are float32 all the same without AMX
+    torch.set_float32_matmul_precision(matmul_precision)
+    return device
 
 
 def matmul_library() -> str:
     """What multiplies float32 matrices on a CPU: onednn on AMD's Zen 5 or later, else mkl, PyTorch's own.
 
     MKL uses half the width of those processors. The environment variable MATMUL_LIBRARY overrules this.
-    UserError: it is neither mkl nor onednn, or this PyTorch or processor has no float32 product of oneDNN.
+    UserError: it is neither, or PyTorch would not use oneDNN here, or would round its products to bfloat16.
     """
-    about = about_processor()
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux: vendor, family, instruction sets
+    about = cpuinfo.read_text() if cpuinfo.exists() else ""
     family = re.search(r"AuthenticAMD\ncpu family\s*: (\d+)", about)
-    problem = ""
-    if not torch.backends.mkldnn.is_available():
-        problem = "this PyTorch has no oneDNN"
-    elif "avx512bw" not in about or "amx" in about:
-        problem = "without AVX-512 PyTorch does not use oneDNN, with AMX oneDNN might use bfloat16"
-    default = "onednn" if family and int(family[1]) >= 26 and not problem else "mkl"
+    works = torch.backends.mkldnn.is_available() and "avx512bw" in about and "amx" not in about
+    default = "onednn" if works and family and int(family[1]) >= 26 else "mkl"
     chosen = os.environ.get("MATMUL_LIBRARY", default)
-    if chosen not in ("mkl", "onednn"):
-        problem = "it must be mkl or onednn"
-    if problem and chosen != "mkl":
-        raise UserError(f"MATMUL_LIBRARY is {chosen}: {problem}")
+    if chosen not in ("mkl", "onednn") or (chosen == "onednn" and not works):
+        needed = "mkl or, with AVX-512 and without AMX, onednn"
+        raise UserError(f"MATMUL_LIBRARY is {chosen}; it must be {needed}")
     return chosen
 
 
-def about_processor() -> str:
-    """What Linux says of an x86 processor: vendor, family, instruction sets; empty elsewhere."""
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
+def allocate(rows: int, columns: int, device: torch.device, flag: str) -> Tensor:
+    """Room for so many float32 rows. UserError: the device has less memory; the flag asks for less."""
+    needed, there = 4 * rows * columns, float("inf")
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[0]
+    elif hasattr(os, "sysconf"):  # not on Windows
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        sizes = f"{needed / 1e9:,.1f} GB, and {device} has {there / 1e9:,.1f}"
+        raise UserError(f"{rows:,} transitions take {sizes}: lower {flag}")
+    return torch.empty(rows, columns, dtype=torch.float32, device=device)
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors; page faults take a fifth of a step on a CPU otherwise."""
-    if platform.libc_ver()[0] == "glibc":
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**30)
+def split_for_cache(x: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
+    """Parts of x whose activations stay in a CPU's cache; x as it is on a GPU, and where it is compiled."""
+    whole = x.device.type == "cuda" or torch.compiler.is_compiling()
+    return (x,) if whole else x.split(max(1, size), dim)
 
 
 class CPUMish(torch.autograd.Function):
@@ -113,30 +115,36 @@ def mish(x: Tensor) -> Tensor:
     return CPUMish.apply(x)
 
 
-@cache
-def has_compiler() -> bool:
-    """Whether torch.compile finds the C++ compiler that it needs; says so, once, where it does not."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-        return True
-    except InvalidCxxCompiler:
-        print("  --compile needs a C++ compiler, and finds none: install g++ or set CXX; goes on uncompiled")
-        return False
+def compiled(*losses: Callable) -> list[Callable]:
+    """The same functions, compiled by torch.compile. UserError: there is no C++ compiler, which it needs."""
+    known = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
+    if not any(map(shutil.which, known)):
+        raise UserError("--compile needs a C++ compiler, and finds none: install g++ or set CXX")
+    return [torch.compile(loss) for loss in losses]
 
 
-def accelerated(
-    update: Callable[[], dict[str, Tensor]], agent: nn.Module, args
-) -> Callable[[], dict[str, Tensor]]:
-    """The same update: losses compiled with --compile, on a GPU captured whole in a CUDA graph."""
-    if args.compile and has_compiler():
-        for name in dir(agent):
-            if name.endswith("_loss") and name not in vars(agent):  # not compiled yet, for another update
-                setattr(agent, name, torch.compile(getattr(agent, name)))
-    if args.cuda_graph and agent.device.type == "cuda":
-        from common.cuda_graphs import cuda_graphed
+def cuda_graphed(update: Update, device: torch.device, wanted: bool) -> Update:
+    """On CUDA, if it is wanted, the same update as one graph: launched at once, not kernel by kernel.
 
-        return cuda_graphed(update)
-    return update
+    It runs eagerly three times, on a side stream; then it is captured, and replayed into the same outputs.
+    """
+    if not wanted or device.type != "cuda":
+        return update
+    graph, stream, calls, outputs = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, {}
+
+    def step() -> dict[str, Tensor]:
+        nonlocal calls, outputs
+        calls += 1
+        if calls <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = update()
+            torch.cuda.current_stream().wait_stream(stream)
+            return outputs
+        if calls == 4:
+            with torch.cuda.graph(graph):
+                outputs = update()
+        graph.replay()
+        return outputs
+
+    return step

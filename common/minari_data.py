@@ -1,83 +1,45 @@
 """Minari's datasets: their transitions, environments and reference scores. Loaded only for a Minari id."""
 
-import contextlib
 import json
 import math
 import os
-import urllib.request
 from pathlib import Path
-from urllib.error import HTTPError
-
-from common.d4rl_envs import import_robotics
-from common.datasets import is_here
-from common.downloads import SILENCE
-from common.envs import check_spaces
-from common.tasks import OFFLINE, UserError, user_path
 
 import h5py
 import numpy as np
 from gymnasium.spaces import Box, Dict
 
+from common.cli import UserError
+from common.datasets import is_here
+from common.own_data import to_unit_box
+from common.tasks import OFFLINE
+
+HARMLESS = {"Monitor", "RecordEpisodeStatistics"}  # wrappers that change neither rewards nor episodes
+
 
 def open_minari(dataset_id: str):
     """The Minari dataset with an id, downloaded on first use. UserError if that fails in any way."""
-    folder = Path(os.environ.get("MINARI_DATASETS_PATH") or user_path("~/.minari/datasets")) / dataset_id
-    stored = (folder / "data").exists()
-    if dataset_id.startswith("local/") and not stored:  # no host has it
+    folder = Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser() / dataset_id
+    if dataset_id.startswith("local/") and not (folder / "data").exists():  # no host has it
         raise UserError(f"no Minari dataset {dataset_id} is on this machine: no folder {folder / 'data'}")
     try:
         import minari
 
-        if not stored:
-            check_host()
+        if not (folder / "data").exists():
             minari.download_dataset(dataset_id)
         metadata = json.loads((folder / "data" / "metadata.json").read_text())
-        needed = {"observation_space", "action_space"}  # else Minari would call what env_spec names
-        if not needed <= metadata.keys():
+        if (
+            not {"observation_space", "action_space"} <= metadata.keys()
+        ):  # Minari would call what env_spec names
             raise ValueError("metadata.json lacks observation_space or action_space")
         return minari.load_dataset(dataset_id)
     except Exception as error:  # Minari's, h5py's, or those of the client of the remote server
         raise UserError(
             f"cannot use the Minari dataset {dataset_id}: {type(error).__name__}: {error}\n"
             f"By hand: `minari download {dataset_id}` on a machine with a network, and copy the result to\n"
-            f"  {folder} (move away what a download that broke off left there).\n{OFFLINE}"
+            f"  {folder} (move away what a download that broke off left there).\n"
+            f"A Gymnasium environment of that name is <module that registers it>:{dataset_id}. {OFFLINE}"
         ) from error
-
-
-def check_stored(path: Path) -> None:
-    """ValueError if the HDF5 file has links, or an array that is not all there: see is_here()."""
-    with h5py.File(path, "r") as file:
-
-        def is_missing(name: str, link: h5py.HardLink) -> str | None:
-            item = file[name] if isinstance(link, h5py.HardLink) else None
-            is_fine = isinstance(item, h5py.Group) or (item is not None and is_here(item, file))
-            return None if is_fine else name
-
-        if name := file.visititems_links(is_missing):
-            raise ValueError(f"{name} has rows that were never written, or are in other files")
-
-
-def check_host() -> None:
-    """OSError unless the host of Minari's datasets answers soon; Minari itself would ask for minutes."""
-    if os.environ.get("MINARI_REMOTE", "hf:").startswith("hf:"):
-        url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        with contextlib.suppress(HTTPError):  # any answer will do
-            urllib.request.urlopen(url, timeout=SILENCE).close()
-        limit_silence()
-
-
-def limit_silence() -> None:
-    """Have the client that Minari downloads with wait for SILENCE, then try again a few times, then fail.
-
-    By itself it would wait for ever, because it gives most of its requests no limit.
-    """
-    from huggingface_hub import get_session
-
-    def limit(request) -> None:
-        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), SILENCE)
-
-    session = get_session()
-    session.event_hooks = {"request": [*session.event_hooks["request"], limit]}
 
 
 def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
@@ -87,7 +49,9 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
     goal-conditioned one becomes (achieved_goal, desired_goal, observation). Actions are scaled to [-1, 1].
     """
     data = open_minari(dataset_id)
-    check_spaces(dataset_id, data.observation_space, data.action_space)
+    space = data.action_space
+    if not (isinstance(space, Box) and len(space.shape) == 1 and space.is_bounded()):
+        raise UserError(f"{dataset_id}: actions {space} are not a bounded continuous vector (Box)")
     try:
         for path in Path(data.storage.data_path).glob("*.hdf5"):
             check_stored(path)
@@ -97,21 +61,29 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
         actions = np.concatenate([episode.actions for episode in episodes])
         return {
             "observations": np.concatenate([values[:-1] for values in observations]),
-            "actions": to_unit_box(actions, data.action_space),
+            "actions": to_unit_box(dataset_id, actions, space.low, space.high, "its action_space"),
             "rewards": np.concatenate([episode.rewards for episode in episodes]),
             "next_observations": np.concatenate([values[1:] for values in observations]),
             "terminals": np.concatenate([episode.terminations for episode in episodes]),
             "episode_ends": np.concatenate([np.arange(len(each)) == len(each) - 1 for each in episodes]),
         }
+    except UserError:
+        raise
     except Exception as error:  # h5py's, NumPy's, Minari's
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"cannot read the Minari dataset {dataset_id}: {reason}") from error
 
 
-def to_unit_box(actions: np.ndarray, space: Box) -> np.ndarray:
-    """Actions (N, action_dim) of a space, scaled to [-1, 1] in float64."""
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    return 2 * (actions - low) / (high - low) - 1
+def check_stored(path: Path) -> None:
+    """ValueError if the HDF5 file has links, or an array that is not all there: see is_here()."""
+    with h5py.File(path, "r") as file:
+
+        def check(name: str, link: object) -> None:
+            is_hard = isinstance(link, h5py.HardLink)
+            if not is_hard or not (isinstance(file[name], h5py.Group) or is_here(file[name], file)):
+                raise ValueError(f"{name} has rows that were never written, or are in other files")
+
+        file.visititems_links(check)
 
 
 def flatten(space, values) -> np.ndarray:
@@ -123,27 +95,27 @@ def flatten(space, values) -> np.ndarray:
 
 def minari_reference(dataset_id: str) -> tuple[float, float] | None:
     """The returns that score 0 and 100; None if the dataset has none. UserError if they cannot be that."""
-    metadata = open_minari(dataset_id).storage.metadata
-    reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if None in reference:
+    found = open_minari(dataset_id).storage.metadata
+    zero, hundred = found.get("ref_min_score"), found.get("ref_max_score")
+    if None in (zero, hundred):
         return None
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        zero, hundred = map(float, reference)
-        if -math.inf < zero < hundred < math.inf:
-            return zero, hundred
-    raise UserError(f"{dataset_id}: {reference} are not two reference scores, the lower first")
+    if not (isinstance(zero, int | float) and isinstance(hundred, int | float) and zero < hundred < math.inf):
+        raise UserError(f"{dataset_id}: {zero} and {hundred} are not two reference scores, the lower first")
+    return float(zero), float(hundred)
 
 
 def minari_env_spec(dataset_id: str) -> dict:
     """The environment to evaluate in: its id, max_episode_steps and kwargs.
 
-    By its id it is made from registered code, never from what else a downloaded file may name. ValueError:
-    the dataset names none.
+    By its id it is made from registered code, never from what else a downloaded file may name. UserError: the
+    dataset names none, or one in wrappers, which change what a return means.
     """
-    with contextlib.suppress(ImportError):  # many of Minari's environments are of that package
-        import_robotics()
     metadata = open_minari(dataset_id).storage.metadata
-    spec = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    spec = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "null")
     if not spec:
-        raise ValueError("the dataset names none; --dataset takes it beside another --env-id")
-    return json.loads(spec)
+        raise UserError(f"{dataset_id} names no environment; --dataset takes it beside another --env-id")
+    names = [wrapper["name"] for wrapper in spec.get("additional_wrappers") or []]
+    if others := [name for name in names if name not in HARMLESS]:
+        advice = "--eval-episodes 0 trains; --env-id <module>:<Id> --dataset takes an environment of yours"
+        raise UserError(f"{dataset_id} was recorded in wrappers, {', '.join(others)}; {advice}")
+    return spec

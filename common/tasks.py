@@ -1,11 +1,10 @@
-"""What users name: tasks, of which domain each is, what a wrong name may have meant, and paths of files.
+"""What users name: a task is looked at once, here, and what follows from its name hangs on what was found.
 
-A task is
-    hopper-medium-v2, antmaze-umaze-v0, ...         a D4RL name: the file is downloaded on first use
-    mujoco/hopper/medium-v0, local/mine-v0, ...     a Minari id: downloaded on first use
-    hopper-mini-v0                                  bundled with this repository
-    bandit-8gaussians-v0, bandit-moons-v0, ...      a one-step toy task, generated
-    Hopper-v4, mymodule:Mine-v0, ...                any Gymnasium id, with transitions from elsewhere
+hopper-medium-v2, antmaze-umaze-v0, ...         a D4RL name: the file is downloaded on first use
+hopper-mini-v0                                  bundled with this repository
+mujoco/hopper/medium-v0, local/mine-v0, ...     a Minari id: downloaded on first use
+bandit-8gaussians-v0, bandit-moons-v0, ...      a one-step toy task, generated
+Hopper-v4, mymodule:Mine-v0, ...                any Gymnasium id, with transitions from elsewhere
 """
 
 import contextlib
@@ -15,6 +14,9 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Literal, NamedTuple
+
+from common.cli import UserError
 
 DATA = Path(__file__).parent / "data"
 D4RL = json.loads((DATA / "d4rl_tasks.json").read_text())
@@ -24,40 +26,47 @@ PATTERNS = ["8gaussians", "moons", "corners", "spiral"]
 PATTERNS += ["25gaussians", "25gaussians-far", "swissroll", "swissroll-far"]
 BANDIT_TASKS = [f"bandit-{pattern}-v0" for pattern in PATTERNS]
 OFFLINE = f"Without a network: {', '.join([BUNDLED, *BANDIT_TASKS])}."
-# First word of a task's name -> the domain of the task, and the version that the papers train on.
-DOMAINS = {"antmaze": ("antmaze", "v0"), "kitchen": ("kitchen", "v0"), "bandit": ("bandit", "v0")}
-DOMAINS |= dict.fromkeys(("pen", "door", "hammer", "relocate"), ("adroit", "v1"))
 
 
-class UserError(Exception):
-    """A mistake of the user's: the scripts print the message, without a traceback, and exit with code 2."""
+class Task(NamedTuple):
+    """What a name means."""
+
+    name: str
+    kind: Literal["d4rl", "bandit", "minari", "gym"]
+    family: str  # first word of the name: hopper, antmaze, pen, ...
+    horizon: int | None  # steps after which an episode is cut off; None: never, or the name does not say
+    file: dict  # of a D4RL name: file, bytes, sha256
 
 
-class EnvironmentFailure(UserError):
-    """An environment raised an error, or gave what it must not give. A run saves what it learned before."""
-
-
-def check_task(task: str) -> None:
-    """UserError, with the nearest names, unless the task is one of those listed at the head of this file."""
-    if task in D4RL_TASKS or task in BANDIT_TASKS or is_minari_id(task):
-        return
+def find_task(name: str) -> Task:
+    """The task of that name. UserError, with the nearest names, if there is none."""
+    family = name.split("-")[0]
+    if name in D4RL_TASKS:
+        return Task(name, "d4rl", family, D4RL_TASKS[name]["horizon"], D4RL_TASKS[name])
+    if name in BANDIT_TASKS:
+        return Task(name, "bandit", family, 1, {})
     from gymnasium import registry
 
-    module, _, env_id = task.rpartition(":")
+    if is_minari_id(name):
+        return Task(name, "minari", family, None, {})
+    module, _, env_id = name.rpartition(":")
     if module:  # registers env_id
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever is wrong in it
-            raise UserError(f"cannot import {module} of {task}: {type(error).__name__}: {error}") from error
-    elif task not in registry:
+            advice = "; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+            reason = f"{type(error).__name__}: {error}{advice}"
+            raise UserError(f"cannot import {module} of {name}: {reason}") from error
+    elif name not in registry:
         from common.d4rl_envs import import_robotics
 
         with contextlib.suppress(ImportError):  # it registers more, if it is installed
             import_robotics()
     if env_id not in registry:
-        nearest = difflib.get_close_matches(task, [*D4RL_TASKS, *BANDIT_TASKS, *registry], n=5)
+        nearest = difflib.get_close_matches(env_id, [*D4RL_TASKS, *BANDIT_TASKS, *registry], n=5)
         advice = "A task is a D4RL, Minari, Gymnasium, bundled or bandit name; a file goes to --dataset."
-        raise UserError(f"unknown task {task!r}; nearest names: {', '.join(nearest) or 'none'}\n{advice}")
+        raise UserError(f"unknown task {name!r}; nearest names: {', '.join(nearest) or 'none'}\n{advice}")
+    return Task(name, "gym", family, registry[env_id].max_episode_steps, {})
 
 
 def is_minari_id(name: str) -> bool:
@@ -67,27 +76,3 @@ def is_minari_id(name: str) -> bool:
     from gymnasium import registry
 
     return name not in registry
-
-
-def table_names(task: str) -> list[str]:
-    """What a task may be called in a table of settings, nearest first; only its own name if of no domain.
-
-    antmaze-umaze-v2, antmaze-umaze-v0, antmaze: the name itself, the version of the papers, the domain. For
-    Minari's copy D4RL/antmaze/umaze-v1 the last two are the same. Environments have a domain, too:
-    AntMaze_UMaze-v4 is called antmaze, AdroitHandDoor-v1 adroit, FrankaKitchen-v1 kitchen.
-    """
-    words = re.split("[-/_]", re.sub("^(D4RL/|AdroitHand|Franka)", "", task))  # family, kind and version
-    family = words[0].lower()
-    if family not in DOMAINS:
-        return [task]
-    domain, version = DOMAINS[family]
-    return [task, "-".join([family, *words[1:-1], version]), domain]
-
-
-def user_path(name: str) -> Path:
-    """The path that a user named; ~ is the home folder. UserError: it is empty, or there is no such home."""
-    path = os.path.expanduser(name)
-    if not path or path.startswith("~"):
-        advice = "set HOME or name the whole path"
-        raise UserError(f"{name!r} is empty, or its home folder is not known; {advice}")
-    return Path(path)

@@ -1,9 +1,9 @@
 """What the tests of several scripts do with an agent."""
 
-from common.settings import settings_for
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from common.settings import settings_for
 
 TASK = "bandit-corners-v0"
 

@@ -6,11 +6,11 @@ from functools import cache
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, also in the processes that they start
 
-from common.devices import default_threads, use_device
-
 import pytest
 import torch
 from runs import AGENTS, load_script, train
+
+from common.devices import default_threads, use_device
 
 use_device("cpu", default_threads(), "highest")  # as in a run, also in tests that make none
 

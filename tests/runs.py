@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from common.checkpoints import FORMAT
-from common.settings import parse_args, settings_for
-
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common.checkpoints import FORMAT
+from common.settings import parse_args, settings_for
 
 ROOT = Path(__file__).parent.parent
 TASK = "bandit-moons-v0"

@@ -10,15 +10,15 @@ import signal
 import sys
 import threading
 
-import toolbox
-from common import runs as common_runs
-from common.tasks import D4RL_TASKS, UserError
-
 import benchmark
 import pytest
 import torch
 from benchmark import Args, look_up
 from runs import finish, python, results_of, wait_for, write_records
+
+import toolbox
+from common import runs as common_runs
+from common.tasks import D4RL_TASKS, UserError
 
 TASK = "bandit-moons-v0"
 COUNTER = '''

@@ -7,11 +7,11 @@ import signal
 import time
 from pathlib import Path
 
-import toolbox
-
 import benchmark
 import pytest
 from runs import finish, python, results_of, wait_for
+
+import toolbox
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements-extras.txt")
 

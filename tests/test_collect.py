@@ -9,13 +9,6 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import dac
-import toolbox
-from common.datasets import load_dataset
-from common.scores import normalized_score
-from common.settings import parse_args
-from common.tasks import UserError
-
 import collect
 import gymnasium as gym
 import h5py
@@ -25,6 +18,13 @@ import numpy as np
 import pytest
 import torch
 from runs import before_call, finish, python, wait_for
+
+import dac
+import toolbox
+from common.datasets import load_dataset
+from common.scores import normalized_score
+from common.settings import parse_args
+from common.tasks import UserError
 
 TINY = collect.Args(
     env_id="Line-v0",

@@ -3,15 +3,15 @@
 import os
 from importlib import metadata
 
-from common.d4rl_envs import HAND_TO_OBJECT, make_d4rl_env
-from common.envs import make_env
-from common.tasks import D4RL_TASKS, UserError
-
 import gymnasium
 import h5py
 import mujoco
 import numpy as np
 import pytest
+
+from common.d4rl_envs import HAND_TO_OBJECT, make_d4rl_env
+from common.envs import make_env
+from common.tasks import D4RL_TASKS, UserError
 
 ADROIT = ["pen-human-v1", "door-human-v1", "hammer-human-v1", "relocate-human-v1"]
 D4RL_MAZES = {  # of d4rl/locomotion/maze_env.py: # wall, S start, G goal

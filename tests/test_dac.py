@@ -5,15 +5,15 @@ Its networks, sampler and whole updates are compared with the official code's in
 
 import math
 
-import dac
-from common.bandits import BANDITS, bandit_mode
-
 import numpy as np
 import pytest
 import reference
 import torch
 from agents import TASK, random_batch, sampled_actions
 from runs import load, resume, train
+
+import dac
+from common.bandits import BANDITS, bandit_mode
 
 CPU = torch.device("cpu")
 

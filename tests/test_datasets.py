@@ -9,18 +9,18 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from common import bandits, tasks
-from common.bandits import BANDITS, RADIAL, bandit_mode, bandit_reward
-from common.datasets import Dataset, RewardRule, load_dataset, task_reference, tune_rewards
-from common.envs import make_env
-from common.tasks import BANDIT_TASKS, D4RL_TASKS, UserError, is_minari_id, table_names, user_path
-
 import gymnasium
 import h5py
 import numpy as np
 import pytest
 from recordings import Reach, flags, record, write
 from runs import ROOT
+
+from common import bandits, tasks
+from common.bandits import BANDITS, RADIAL, bandit_mode, bandit_reward
+from common.datasets import Dataset, RewardRule, load_dataset, task_reference, tune_rewards
+from common.envs import make_env
+from common.tasks import BANDIT_TASKS, D4RL_TASKS, UserError, is_minari_id, table_names, user_path
 
 HOPPER = "hopper-medium-v2"
 minari_test = pytest.mark.filterwarnings("ignore::UserWarning")  # what Minari misses in its metadata

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-import dac
-import dtql
-from common.devices import has_compiler, matmul_library, use_device
-from common.tasks import UserError
-
 import numpy as np
 import pytest
 import torch
 from runs import ROOT, assert_same_run, finish, python, results_of, train
+
+import dac
+import dtql
+from common.devices import has_compiler, matmul_library, use_device
+from common.tasks import UserError
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
 """diffusion_ql.py: what its golden file does not have, and a task that it must learn."""
 
-import diffusion_ql
-from common.bandits import BANDITS, bandit_mode
-
 import numpy as np
 import pytest
 import torch
 from agents import TASK, check_act_by_softmax, random_batch, sampled_actions
+
+import diffusion_ql
+from common.bandits import BANDITS, bandit_mode
 
 
 def small_agent(**options):

@@ -9,10 +9,6 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import toolbox
-from common.settings import check_bounds, parse_args
-from common.tasks import check_task
-
 import benchmark
 import pytest
 import report
@@ -20,6 +16,10 @@ import siblings
 import tyro
 from runs import ROOT
 from siblings import count_lines, loaded_with
+
+import toolbox
+from common.settings import check_bounds, parse_args
+from common.tasks import check_task
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

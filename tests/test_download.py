@@ -11,14 +11,14 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from common import downloads, minari_data
-from common.datasets import load_dataset
-from common.tasks import D4RL, D4RL_TASKS, UserError
-
 import numpy as np
 import pytest
 from recordings import write
 from runs import ROOT
+
+from common import downloads, minari_data
+from common.datasets import load_dataset
+from common.tasks import D4RL, D4RL_TASKS, UserError
 
 TASK, NAME = "hopper-medium-v2", "hopper_medium-v2.hdf5"
 

@@ -2,14 +2,14 @@
 
 import math
 
-import dtql
-from common.bandits import BANDITS
-
 import numpy as np
 import pytest
 import reference
 import torch
 from agents import TASK, random_batch, sampled_actions
+
+import dtql
+from common.bandits import BANDITS
 
 
 def small_agent(**options):

@@ -2,17 +2,17 @@
 
 import math
 
-import edp_crr
-import edp_iql
-import edp_td3
-from common.bandits import BANDITS, bandit_mode
-from common.tasks import UserError
-
 import numpy as np
 import pytest
 import reference
 import torch
 from agents import TASK, check_act_by_softmax, random_batch, sampled_actions
+
+import edp_crr
+import edp_iql
+import edp_td3
+from common.bandits import BANDITS, bandit_mode
+from common.tasks import UserError
 
 SCRIPTS = {edp_td3: edp_td3.EDPTD3, edp_crr: edp_crr.EDPCRR, edp_iql: edp_iql.EDPIQL}
 MEAN = 0.3  # of the Gaussian data of the samplers' tests

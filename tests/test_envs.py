@@ -5,11 +5,6 @@ import re
 import subprocess
 import sys
 
-from common import envs
-from common.datasets import load_dataset
-from common.envs import make_env, make_online_env
-from common.tasks import EnvironmentFailure, UserError
-
 import gymnasium
 import numpy as np
 import pytest
@@ -17,6 +12,11 @@ from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.utils.env_checker import check_env
 from recordings import write
 from runs import ROOT
+
+from common import envs
+from common.datasets import load_dataset
+from common.envs import make_env, make_online_env
+from common.tasks import EnvironmentFailure, UserError
 
 
 @pytest.mark.parametrize(

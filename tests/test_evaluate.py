@@ -3,10 +3,6 @@
 import os
 import re
 
-from common.devices import use_device
-from common.envs import make_env
-from common.tasks import UserError
-
 import evaluate
 import imageio.v3 as imageio
 import line
@@ -15,6 +11,10 @@ import pytest
 import torch
 from recordings import flags, write
 from runs import AGENTS, evaluations_of, finish, load_script, python, tiny_settings, train
+
+from common.devices import use_device
+from common.envs import make_env
+from common.tasks import UserError
 
 
 @pytest.fixture(scope="module", params=AGENTS)

@@ -11,14 +11,6 @@ import shutil
 import signal
 from pathlib import Path
 
-import common.runs
-import dac
-import qvpo_online
-from common.bandits import Bandit
-from common.datasets import load_dataset
-from common.runs import Run
-from common.tasks import EnvironmentFailure, UserError
-
 import benchmark
 import evaluate
 import numpy as np
@@ -28,6 +20,14 @@ import runs
 import torch
 from recordings import flags, write
 from runs import assert_same_run, before_call, finish, folder_in, load, results_of, resume, train
+
+import common.runs
+import dac
+import qvpo_online
+from common.bandits import Bandit
+from common.datasets import load_dataset
+from common.runs import Run
+from common.tasks import EnvironmentFailure, UserError
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ import traceback
 from collections import Counter
 from functools import partial
 
-from common import runs as run
-from common.bandits import sample_bandit
-from common.tasks import UserError
-
 import pytest
 import runs
 from runs import agent_class, assert_same_run, load, results_of
 from tqdm import tqdm
+
+from common import runs as run
+from common.bandits import sample_bandit
+from common.tasks import UserError
 
 OPERATIONS = ["starting", "opening", "between steps", "updating", "evaluating", "saving"]
 OPERATIONS += ["config.json", "replay.bin", "checkpoint.pt", "pretrained.pt", "results.json"]

@@ -17,13 +17,13 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-from common.tasks import UserError
-
 import numpy as np
 import parity
 import pytest
 from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
+
+from common.cli import UserError
 
 FILES = [path for path in sorted(parity.AUTHORS.glob("*.json")) if "__" not in path.name]
 FOLDERS = [Path(os.environ["GOLDEN_DIR"])] if "GOLDEN_DIR" in os.environ else []
@@ -236,7 +236,12 @@ def test_long_curves_are_read_from_run_folders(tmp_path, capsys):
         evaluations = [
             {"step": step, "normalized_score": seed + step, "return_mean": 0} for step in (20, 30, 40)
         ]
-        results = {"format": parity.toolbox.FORMAT, "evaluations": evaluations, "step": 40, "total_steps": 40}
+        results = {
+            "format": parity.toolbox.FORMATS[-1],
+            "evaluations": evaluations,
+            "step": 40,
+            "total_steps": 40,
+        }
         results |= {"finished": True, "train_seconds": 1, "data": "some", "data_mean": {"score": 1}}
         (folder / "results.json").write_text(json.dumps(results))
 

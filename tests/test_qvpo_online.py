@@ -3,13 +3,6 @@
 import math
 import re
 
-import qvpo_online
-from common.bandits import Bandit
-from common.envs import make_online_env
-from common.settings import settings_for
-from common.tasks import EnvironmentFailure, UserError
-from qvpo_online import Batch, Experience
-
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -18,6 +11,13 @@ import torch
 from agents import check_no_waiting, random_batch
 from pictures import FourModes, trained_online
 from runs import before_call, folder_in, load, resume, train
+
+import qvpo_online
+from common.bandits import Bandit
+from common.envs import make_online_env
+from common.settings import settings_for
+from common.tasks import EnvironmentFailure, UserError
+from qvpo_online import Batch, Experience
 
 CPU = torch.device("cpu")
 BATCH, T, DIMS = 6, 4, 2  # states in an update, denoising steps, numbers in an action

@@ -6,16 +6,16 @@ import struct
 import subprocess
 import sys
 
-import toolbox
-from common.scores import reference_returns
-from common.tasks import UserError
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import report
 from report import Args
 from runs import write_records
+
+import toolbox
+from common.scores import reference_returns
+from common.tasks import UserError
 
 TASK = "bandit-moons-v0"
 HEAD = """\

@@ -9,15 +9,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import dac
-import dtql
-from common.bandits import Bandit
-from common.datasets import load_dataset, tune_rewards
-from common.devices import matmul_library
-from common.runs import Run
-from common.scores import summarize
-from common.tasks import UserError
-
 import gymnasium
 import numpy as np
 import pytest
@@ -26,6 +17,15 @@ import torch
 from agents import check_no_waiting, random_batch
 from recordings import flags, write
 from runs import assert_same_run, before_call, curves_of, folder_in, load, results_of, resume, train
+
+import dac
+import dtql
+from common.bandits import Bandit
+from common.datasets import load_dataset, tune_rewards
+from common.devices import matmul_library
+from common.runs import Run
+from common.scores import summarize
+from common.tasks import UserError
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 

@@ -1,10 +1,10 @@
 """D4RL's normalized score and its reference table."""
 
-from common.scores import normalized_score, reference_returns, summarize
-from common.tasks import BANDIT_TASKS, D4RL_TASKS
-
 import numpy as np
 import pytest
+
+from common.scores import normalized_score, reference_returns, summarize
+from common.tasks import BANDIT_TASKS, D4RL_TASKS
 
 
 @pytest.mark.parametrize(

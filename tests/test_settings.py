@@ -16,12 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
-import dac
-from common.bandits import sample_bandit
-from common.runs import run_command
-from common.settings import Bound, check_bounds, parse_args, settings_for, sources_of
-from common.tasks import BANDIT_TASKS, BUNDLED, UserError, check_task, table_names
-
 import benchmark
 import collect
 import evaluate
@@ -30,6 +24,12 @@ import pictures
 import pytest
 import speed
 from runs import results_of, train
+
+import dac
+from common.bandits import sample_bandit
+from common.runs import run_command
+from common.settings import Bound, check_bounds, parse_args, settings_for, sources_of
+from common.tasks import BANDIT_TASKS, BUNDLED, UserError, check_task, table_names
 
 NUM_TASKS = dict(dac=15, diffusion_ql=20, dtql=26, edp_crr=20, edp_iql=20, edp_td3=20, qvpo_online=5)
 OUR_ROWS = (

@@ -3,12 +3,12 @@
 import re
 import shutil
 
-import toolbox
-from common.tasks import UserError
-
 import pytest
 import speed
 from runs import finish, python
+
+import toolbox
+from common.tasks import UserError
 
 TINY = "--hidden-dims 8 8 --batch-size 4 --num-qs 2 --diffusion-steps"
 

@@ -3,15 +3,15 @@
 import math
 from itertools import cycle
 
-from common.datasets import load_dataset
-from common.envs import make_env
-from common.tasks import D4RL_TASKS
-
 import gymnasium
 import numpy as np
 import pytest
 from recordings import record, write
 from runs import AGENTS, load_script, results_of, train
+
+from common.datasets import load_dataset
+from common.envs import make_env
+from common.tasks import D4RL_TASKS
 
 SIZES = {"antmaze-umaze-v0": (29, 8), "door-human-v1": (39, 28), "kitchen-mixed-v0": (60, 9)}
 REFERENCE = {"antmaze-umaze-v0": (0, 1), "door-human-v1": (-56.512833, 2880.5693087298737)}

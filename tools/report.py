@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+import tyro
+
 import toolbox
 from common.tasks import BUNDLED, UserError, table_names, user_path
 from toolbox import RecordedRun, interval
-
-import numpy as np
-import tyro
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_scores.json").read_text())
 VERSIONS = ("git_commit", "torch", "mujoco", "gymnasium", "numpy", "python")

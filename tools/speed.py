@@ -23,14 +23,12 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
-import toolbox
-from common.devices import about_processor, accelerated, default_threads, use_device
-from common.runs import run_command
-from common.settings import Positive, check_bounds, parse_args
-from common.tasks import UserError
-
 import torch
 import tyro
+
+import toolbox
+from common.cli import Positive, Threads, UserError, check_bounds, parse_args, run_command
+from common.devices import compiled, cuda_graphed, default_threads, use_device
 
 # The process of one script. It imports the speed.py of the script's own checkout.
 WORKER = """
@@ -63,7 +61,7 @@ class Args:
     commands: Annotated[list[str], tyro.conf.Positional]  # scripts, each in quotes with its arguments
     rounds: Positive[int] = 5  # how often the scripts take turns
     seconds: Positive[float] = 2.0  # time per script and round for training, and again for acting
-    num_threads: Positive[int] = default_threads()  # threads on a CPU, where a script is not given others
+    num_threads: Threads[int] = default_threads()  # threads on a CPU, where a script is not given others
     obs_dim: Positive[int] = 11  # size of the random observations
     action_dim: Positive[int] = 3  # size of the random actions
     transitions: Positive[int] = 100_000  # number of random transitions
@@ -79,12 +77,16 @@ def prepare(command: str, args: Args) -> tuple[Callable, Callable]:
     torch.manual_seed(script_args.seed)
     agent = toolbox.agent_class(script)(args.obs_dim, args.action_dim, script_args, device)
     shapes = {"obs": (args.obs_dim,), "action": (args.action_dim,), "next_obs": (args.obs_dim,)}
-    columns = {
-        field: torch.rand(args.transitions, *shapes.get(field, ()), device=device) * 2 - 1
-        for field in script.Batch._fields
-    }
-    data = script.Batch(**columns | {"terminal": torch.zeros(args.transitions, device=device)})
-    update = accelerated(partial(agent.update, data), agent, script_args)
+    columns = [
+        torch.rand(args.transitions, *shapes.get(name, ()), device=device) for name in script.Batch._fields
+    ]
+    data = script.Batch(*(2 * column - 1 for column in columns))._replace(
+        terminal=torch.zeros_like(columns[2])
+    )
+    if script_args.compile:
+        losses = [name for name in dir(agent) if name.endswith("_loss")]  # which train() names one by one
+        vars(agent).update(zip(losses, compiled(*(getattr(agent, name) for name in losses)), strict=True))
+    update = cuda_graphed(partial(agent.update, data), device, script_args.cuda_graph)
     obs, steps = torch.zeros(1, args.obs_dim), cycle(range(args.transitions))  # QVPO's, as a buffer fills
 
     def train() -> None:
@@ -144,8 +146,9 @@ def processor() -> str:
     """The GPU, or vendor and model of the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    found = re.findall(r"^(?:vendor_id|model name)\s*: (.+)", about_processor(), re.M)
-    return " ".join(found[:2]) or platform.machine()
+    about = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    found = re.findall(r"^(?:vendor_id|model name)\s*: (.+)", about, re.M)
+    return " ".join(found[:2]) or platform.processor()
 
 
 def main(args: Args) -> None:

@@ -26,14 +26,12 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import toolbox
-from common.runs import run_command
-from common.settings import NonNegative, Positive, check_bounds, parse_args
-from common.tasks import UserError
-
 import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import toolbox
+from common.cli import NonNegative, Positive, UserError, check_bounds, parse_args, run_command
 
 AUTHORS = ROOT / "docs" / "parity" / "authors"
 SCRIPTS = 6  # are tested: their p-values are multiplied by this (Bonferroni)
@@ -86,7 +84,7 @@ def read_curves(path: Path) -> Curves:
     """UserError: the file is not there or damaged, or its data are not those that the authors' code had."""
     try:
         file = json.loads(path.read_text())
-        steps, seeds, interval = file["steps"], list(file["seeds"].values()), toolbox.whole(file["interval"])
+        steps, seeds, interval = file["steps"], list(file["seeds"].values()), file["interval"]
         long = any("scores" in seed for seed in seeds)
         rows = {"score": [seed["scores"] for seed in seeds]} if long else {}
         for theirs, ours in file["names"].items():
@@ -100,14 +98,14 @@ def read_curves(path: Path) -> Curves:
             raise ValueError(f"not every curve has a number at each of {len(steps)} steps {interval} apart")
         data = {"file": file["data"], "sha256": ""} if long else file["data"]
         # A script's learning rates fall over --total-steps, the authors' over a number of their own.
-        command = "" if long else toolbox.text(file["ours"]).replace("--lr-decay-steps", "--total-steps")
-        logged_every = min(toolbox.whole(each["logged_every"]) for each in ([file] if long else seeds))
-        conditions = {"settings": toolbox.text(file["settings"]), "command": shlex.join(shlex.split(command))}
-        conditions |= {"sha256": toolbox.text(data["sha256"]), "logged_every": max(logged_every, 1)}
+        command = "" if long else file["ours"].replace("--lr-decay-steps", "--total-steps")
+        logged_every = min(int(each["logged_every"]) for each in ([file] if long else seeds))
+        conditions = {"settings": file["settings"], "command": shlex.join(shlex.split(command))}
+        conditions |= {"sha256": data["sha256"], "logged_every": max(logged_every, 1)}
         places = [ROOT / data["file"], path.parent / Path(data["file"]).name]
         place = next((place for place in places if place.exists()), places[0])
         found = "" if long else hashlib.sha256(place.read_bytes()).hexdigest()
-        name = toolbox.text(file["script"])
+        name = file["script"]
     except KeyError as error:
         raise UserError(f"{path} is no file of learning curves: it lacks the field {error}") from error
     except (OSError, ArithmeticError, AttributeError, TypeError, ValueError) as error:

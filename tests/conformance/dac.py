@@ -2,13 +2,13 @@
 
 import re
 
-import dac
-
 import numpy as np
 import torch
 from conformance import jax_formulas
 from conformance.files import CPU, LeftOut, rounded, statistics
 from conformance.jax_formulas import bias, chain_noise, drawn, kernel
+
+import dac
 
 # golden option: argument of dac.py
 OPTIONS = {

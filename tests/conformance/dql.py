@@ -6,14 +6,14 @@ the noise schedule in float32; with its coefficients ours agrees to 1e-9, with o
 
 import re
 
-import diffusion_ql
-
 import numpy as np
 import pytest
 import torch
 from conformance import torch_formulas
 from conformance.files import CPU, LeftOut, statistics
 from conformance.torch_formulas import batch_columns, chosen, drawn, filled, rounded_tables, uniforms
+
+import diffusion_ql
 
 # golden option: argument of diffusion_ql.py
 OPTIONS = {

@@ -10,12 +10,12 @@ precision.
 
 from itertools import zip_longest
 
-import dtql
-
 import pytest
 import torch
 from conformance.files import CPU, LeftOut, statistics
 from conformance.torch_formulas import batch_columns, chosen, compare_batch, drawn, filled, uniforms
+
+import dtql
 
 # golden option: argument of dtql.py
 OPTIONS = {

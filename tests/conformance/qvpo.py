@@ -2,8 +2,6 @@
 
 import re
 
-import qvpo_online
-
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -11,6 +9,8 @@ import torch
 from conformance import torch_formulas
 from conformance.files import CPU, rounded, statistics
 from conformance.torch_formulas import batch_columns, drawn, draws_by_meaning, filled, rounded_tables
+
+import qvpo_online
 
 # golden option: argument of qvpo_online.py
 OPTIONS = {
