@@ -232,9 +232,9 @@ def draw(panels: list[tuple[Curves, str]], kept: dict[str, dict], columns: int, 
         axis.set_axis_off()
     for axis, (curves, metric) in zip(axes.flat, panels, strict=False):
         ours = [seed.get(metric, []) for seed in kept[curves.name].get("", {}).values()]
-        for color, seeds in (("black", curves.authors[metric]), ("tab:red", ours)):
+        for color, width, seeds in (("black", 1.5, curves.authors[metric]), ("tab:red", 0.8, ours)):
             for seed in seeds:
-                axis.plot(curves.steps[: len(seed)], seed, ".-", color=color, linewidth=1, markersize=3)
+                axis.plot(curves.steps[: len(seed)], seed, ".-", color=color, linewidth=width, markersize=3)
         data = f" on {curves.data.stem}" if curves.long else ""
         axis.set_title(f"{curves.script}{data}\n{metric}", fontsize=8)
         axis.set_xlim(0, curves.steps[-1] * 1.03)
