@@ -259,7 +259,7 @@ def no_training(monkeypatch):
         ({"env_id": "bandit-moons-v0"}, "bandit-moons-v0 is not a Gymnasium id"),
         ({"env_kwargs": ("steps",)}, "--env-kwargs steps is neither JSON nor key=value"),
         ({"name": "a/b"}, "--name is 'a/b'; it takes 1 to 100 letters"),
-        ({"device": "meta"}, "--device meta is not available"),
+        ({"device": "tpu"}, "--device tpu is not available"),
         ({"total_steps": 10**15}, "SAC cannot be made with these arguments: "),
         ({"seed": 2**40}, "SAC cannot be made with these arguments: "),
     ],
