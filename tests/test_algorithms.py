@@ -252,7 +252,7 @@ WITH_Q = {
     )
     | SHORT,
     dtql: dict(pretrain_steps=300, total_steps=500),
-    **{script: {} for script in EDP},
+    **{script: dict(total_steps=1_000, dpm_calls=6) for script in EDP},
 }
 CLONING = {
     dac: dict(q_guidance="none", num_action_samples=1) | SHORT,

@@ -2,7 +2,6 @@
 
 import json
 import re
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -17,7 +16,7 @@ from common.bandits import BANDITS, RADIAL, bandit_mode, bandit_reward
 from common.cli import UserError
 from common.datasets import Dataset, RewardRule, load_dataset, tune_rewards
 from common.envs import make_envs
-from common.tasks import BANDIT_TASKS, D4RL_TASKS, DATA, find_task, is_minari_id
+from common.tasks import BANDIT_TASKS, D4RL_TASKS, find_task
 
 HOPPER = "hopper-medium-v2"
 minari_test = pytest.mark.filterwarnings("ignore::UserWarning")  # what Minari misses in its metadata
@@ -127,15 +126,6 @@ def test_fields_of_the_dataset(of_d4rl):
     arrays = [value for value in vars(data).values() if isinstance(value, np.ndarray)]
     assert [array.dtype for array in arrays] == [np.float32] * 7
     assert all(array.flags.c_contiguous for array in arrays)
-
-
-def test_bundled_task():
-    data = load_dataset(find_task("hopper-mini-v0"))
-    assert data.observations.shape[1] == 11 and data.actions.shape[1] == 3
-    assert len(data.rewards) > 1000 and len(data.episode_returns) > 10
-    assert data.reference_returns == (-20.272305, 3234.3)
-    assert make_env("hopper-mini-v0").spec.id == "Hopper-v4"
-    assert (DATA / "hopper-mini-v0.hdf5").stat().st_size <= 2.5e6
 
 
 # --- A user's file ---
@@ -350,17 +340,6 @@ def test_unknown_tasks(task, nearest):
         find_task(task)
 
 
-@pytest.mark.parametrize(
-    "name", ["mujoco/hopper/medium-v0", "D4RL/door/human-v2", "local/mine-v0", "a/b/d_e-v12"]
-)
-def test_minari_ids(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert is_minari_id(name) and find_task(name).kind == "minari"
-    Path(name).parent.mkdir(parents=True)
-    Path(name).touch()
-    assert not is_minari_id(name)  # it is a file
-
-
 # --- Minari ---
 
 
@@ -473,19 +452,6 @@ def test_nobody_is_asked_when_a_file_is_given(task, minari_folder, monkeypatch):
             data = own(dataset, task) if dataset else None
             with pytest.raises(UserError, match=message):
                 make_envs(find_task(task), 1, args, data)
-
-
-@minari_test
-def test_four_runs_that_start_together(minari_folder):
-    record("local/pendulum-v0", gymnasium.make("Pendulum-v1", max_episode_steps=20))
-    lengths = []
-    load = lambda: lengths.append(len(load_dataset(find_task("local/pendulum-v0")).rewards))  # noqa: E731
-    threads = [threading.Thread(target=load) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert lengths == [60] * 4
 
 
 @minari_test

@@ -10,7 +10,7 @@ from runs import results_of, train
 
 import dac
 from common.cli import UserError
-from common.devices import matmul_library, mish, use_device
+from common.devices import matmul_library, mish
 
 
 def test_mish_and_its_gradient(float64):
@@ -34,15 +34,6 @@ def test_no_compiler(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--compile needs a C\\+\\+ compiler, and finds none"):
         train(tmp_path, dac, compile=True)
     assert not list(tmp_path.iterdir())
-
-
-def test_threads_and_precision():
-    before = torch.get_num_threads()
-    try:
-        use_device("cpu", 3, "medium")
-        assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (3, "medium")
-    finally:
-        use_device("cpu", before, "highest")
 
 
 # --- Matrix products ---

@@ -7,7 +7,6 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete
-from gymnasium.utils.env_checker import check_env
 from recordings import write
 from runs import AGENTS, ROOT, finish, python, results_of, to_words, train
 
@@ -53,15 +52,6 @@ def test_environments(task, env_id, obs_dim, action_dim):
     assert observation in env.observation_space
     if task.startswith("ant-"):
         assert (observation[27:] == 0).all() and (observation[:27] != 0).all()
-
-
-def test_bandit_env():
-    env = make_env("bandit-corners-v0")
-    observation, _ = env.reset(seed=0)
-    np.testing.assert_array_equal(observation, [0])
-    observation, reward, terminated, truncated, _ = env.step(np.array([0.8, -0.8], np.float32))
-    assert (reward, terminated, truncated) == (pytest.approx(1), True, False)
-    check_env(env, skip_render_check=True)
 
 
 def test_actions_are_scaled_to_the_environment():
