@@ -91,7 +91,8 @@ def original_env(task: Task, options: dict) -> gymnasium.Env:
 
         env_id, own_options = minari_env_spec(task.name)
         options = own_options | {name: value for name, value in options.items() if value is not None}
-    limit = options["max_episode_steps"] or LONGEST_EPISODE
+    registered = getattr(gymnasium.registry.get(env_id), "max_episode_steps", None)
+    limit = options["max_episode_steps"] or registered or LONGEST_EPISODE
     return gymnasium.make(env_id, **options | {"max_episode_steps": limit})
 
 
