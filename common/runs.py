@@ -294,6 +294,10 @@ class Run:
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
         write_atomically(self.folder / name, state)
+        self.write_results()
+
+    def write_results(self) -> None:
+        """Write results.json, which people and tools read."""
         write_atomically(self.folder / "results.json", self.results)
 
     def __enter__(self) -> "Run":
