@@ -252,7 +252,8 @@ WITH_Q = {
     )
     | SHORT,
     dtql: dict(pretrain_steps=300, total_steps=500),
-    **{script: dict(total_steps=1_000, dpm_calls=6) for script in EDP},
+    edp_td3: dict(dpm_calls=6),
+    **{script: dict(total_steps=1_000, dpm_calls=6) for script in (edp_crr, edp_iql)},
 }
 CLONING = {
     dac: dict(q_guidance="none", num_action_samples=1) | SHORT,

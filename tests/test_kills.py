@@ -84,6 +84,7 @@ def killed_run(script, run_dir, kills, settings, seconds):
         pid = fork(script, settings | dict(run_dir=str(run_dir), resume=resume), now, run_dir / "log.txt")
         left = 0.9 - (load(saved[0])["step"] / settings["total_steps"] if saved else 0)
         limit = 2 * seconds * max(left, 0.02) / max(kills - done.total(), 1)
+        limit = min(limit, 0.6 * seconds * (left + 0.1))  # it must not be finished before its last kill
         opened = generator.random() < 0.1  # mostly, the clock starts when the run has opened its folder
         start, latest = time.monotonic(), time.monotonic() + 300
         wait = generator.uniform(0, limit) if done.total() < kills else 300
