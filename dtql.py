@@ -202,10 +202,9 @@ class StateValue(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in sizes)
 
     def forward(self, obs: Tensor) -> Tensor:
-        x = obs  # (batch, obs_dim)
         for layer in self.layers[:-1]:
-            x = mish(layer(x))
-        return self.layers[-1](x).squeeze(1)  # (batch,)
+            obs = mish(layer(obs))  # (batch, hidden)
+        return self.layers[-1](obs).squeeze(1)  # (batch,)
 
 
 def polyak_update(target: nn.Module, online: nn.Module, tau: float | Tensor) -> None:

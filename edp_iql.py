@@ -317,10 +317,9 @@ class StateValue(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in sizes)
 
     def forward(self, obs: Tensor) -> Tensor:
-        x = obs  # (batch, obs_dim)
         for layer in self.layers[:-1]:
-            x = mish(layer(x))
-        return self.layers[-1](x).squeeze(1)  # (batch,)
+            obs = mish(layer(obs))  # (batch, hidden)
+        return self.layers[-1](obs).squeeze(1)  # (batch,)
 
 
 def init_lecun(network: nn.Module) -> None:
@@ -461,30 +460,28 @@ class EDPIQL(nn.Module):
         """One gradient step on random rows of the data: tensor operations only, no host sync; 0-d metrics."""
         rows = torch.randint(len(data.reward), (self.args.batch_size,), device=self.device)  # (batch,)
         batch, draws = Batch(*(column[rows] for column in data)), self.draw(self.args.batch_size)
-        max_norm = self.args.max_grad_norm
         # V first, the critics last: D14
         loss, metrics = self.value_loss(batch)
         self.optimizers["value"].zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in self.value.parameters()]
-        metrics["value_grad_norm"] = clip_by_global_norm(gradients, max_norm)
+        metrics["value_grad_norm"] = clip_by_global_norm(gradients, self.args.max_grad_norm)
         self.optimizers["value"].step()
         # The actor
         loss, actor_metrics = self.actor_loss(batch, draws)
         self.optimizers["actor"].zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in self.actor.parameters()]
-        actor_metrics["actor_grad_norm"] = clip_by_global_norm(gradients, max_norm)
+        actor_metrics["actor_grad_norm"] = clip_by_global_norm(gradients, self.args.max_grad_norm)
         self.optimizers["actor"].step()
         # The critics, each with a limit of its own: D3
         loss, critic_metrics = self.critic_loss(batch)
         self.optimizers["critic"].zero_grad()
         loss.backward()
         members = [[parameter.grad[i] for parameter in self.critic.parameters()] for i in range(2)]
-        norms = [clip_by_global_norm(gradients, max_norm) for gradients in members]
+        norms = [clip_by_global_norm(gradients, self.args.max_grad_norm) for gradients in members]
         critic_metrics["critic_grad_norm"] = torch.stack(norms).mean()
         self.optimizers["critic"].step()
-        # The target critics
         polyak_update(self.critic_target, self.critic, self.args.tau)
         return {name: value.detach() for name, value in (metrics | actor_metrics | critic_metrics).items()}
 

@@ -445,14 +445,13 @@ class EDPTD3(nn.Module):
         """One gradient step on random rows of the data: tensor operations only, no host sync; 0-d metrics."""
         rows = torch.randint(len(data.reward), (self.args.batch_size,), device=self.device)  # (batch,)
         batch, draws = Batch(*(column[rows] for column in data)), self.draw(self.args.batch_size)
-        max_norm = self.args.max_grad_norm
 
         # The actor, before the critics: D14
         loss, metrics = self.actor_loss(batch, draws)
         self.optimizers["actor"].zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in self.actor.parameters()]
-        metrics["actor_grad_norm"] = clip_by_global_norm(gradients, max_norm)
+        metrics["actor_grad_norm"] = clip_by_global_norm(gradients, self.args.max_grad_norm)
         self.optimizers["actor"].step()
 
         # The critics, each with a limit of its own: D3
@@ -460,7 +459,7 @@ class EDPTD3(nn.Module):
         self.optimizers["critic"].zero_grad()
         loss.backward()
         members = [[parameter.grad[i] for parameter in self.critic.parameters()] for i in range(2)]
-        norms = [clip_by_global_norm(gradients, max_norm) for gradients in members]
+        norms = [clip_by_global_norm(gradients, self.args.max_grad_norm) for gradients in members]
         critic_metrics["critic_grad_norm"] = torch.stack(norms).mean()
         self.optimizers["critic"].step()
 

@@ -310,8 +310,8 @@ class QVPO(nn.Module):
 
         whole = self.device.type == "cuda" or torch.compiler.is_compiling()  # else parts for a CPU's cache
         parts = noise.split(n if whole else max(1, 1024 // batch), dim=1)
-        samples = [ddpm_sample(predict_noise, x.flatten(1, 2), self.schedule, self.sigma) for x in parts]
-        actions = torch.cat(samples)  # (n * batch, action_dim)
+        sample = partial(ddpm_sample, predict_noise, schedule=self.schedule, sigma=self.sigma)
+        actions = torch.cat([sample(part.flatten(1, 2)) for part in parts])  # (n * batch, action_dim)
         q = critic(obs.repeat(n, 1), actions).amin(0)  # (n * batch,)
         return actions.unflatten(0, (n, batch)), q.unflatten(0, (n, batch))
 
@@ -328,9 +328,7 @@ class QVPO(nn.Module):
 
     def q_weight(self, q: Tensor, value: Tensor) -> Tensor:
         """qadv: max(Q - V, 0), Eq. 9. qcut: max(Q, weight_cut), Sec. 4.2 (D7)."""
-        if self.args.weight == "qadv":
-            return (q - value).clamp(min=0)
-        return q.clamp(min=self.args.weight_cut)
+        return (q - value).clamp(min=0) if self.args.weight == "qadv" else q.clamp(min=self.args.weight_cut)
 
     def choose(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The num_chosen best candidates per state and their weights; V is the mean q of all candidates."""
@@ -361,23 +359,23 @@ class QVPO(nn.Module):
         # A bound of randint is a number on the host, and fixed in a CUDA graph; num_stored is on the device.
         rows = torch.randint(2**62, (2, self.args.batch_size), device=self.device) % self.num_stored
         batch, draws = Batch(*(column[rows[0]] for column in data)), self.draw(self.args.batch_size)
+        max_norm = self.args.max_grad_norm
         # The critics
         loss, metrics = self.critic_loss(batch, draws)
         self.optimizers["critic"].zero_grad()
         loss.backward()
-        critic_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
+        metrics["critic_grad_norm"] = nn.utils.clip_grad_norm_(self.critic.parameters(), max_norm)
         self.optimizers["critic"].step()
         # The actor, on other states: D4
         loss, actor_metrics = self.actor_loss(data.obs[rows[1]], draws)
         self.optimizers["actor"].zero_grad()
         loss.backward()
-        actor_norm = nn.utils.clip_grad_norm_(self.actor.parameters(), self.args.max_grad_norm)
+        metrics["actor_grad_norm"] = nn.utils.clip_grad_norm_(self.actor.parameters(), max_norm)
         self.optimizers["actor"].step()
         # The targets
         polyak_update(self.actor_target, self.actor, self.args.tau)
         polyak_update(self.critic_target, self.critic, self.args.tau)
-        metrics |= actor_metrics | {"critic_grad_norm": critic_norm, "actor_grad_norm": actor_norm}
-        return {name: value.detach() for name, value in metrics.items()}
+        return {name: value.detach() for name, value in (metrics | actor_metrics).items()}
 
     def best_of(self, n: int, obs: Tensor, noise: Tensor | None) -> Tensor:
         """For each of obs (batch, obs_dim) the action with the largest q of n samples of the actor."""
@@ -514,8 +512,7 @@ def train(args: Args) -> dict:
 
     agent = QVPO(env.observation_space.shape[0], env.action_space.shape[0], args, device)
     if args.compile:
-        losses = compiled(agent.critic_loss, agent.weighted_loss, agent.actor_loss)
-        agent.critic_loss, agent.weighted_loss, agent.actor_loss = losses
+        agent.critic_loss, agent.actor_loss = compiled(agent.critic_loss, agent.actor_loss)
     run = Run(__file__, args, TASK_SETTINGS, agent, memory=experience)
     update = run.guarded(cuda_graphed(partial(agent.update, experience.data), device, args.cuda_graph))
     with run:  # Ctrl-C and SIGTERM save and stop it between two steps
