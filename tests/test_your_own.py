@@ -100,7 +100,7 @@ def test_the_page_quotes_and_counts_the_diffs():
     for block in re.findall(r"```diff\n(.*?)```", PAGE, re.DOTALL):
         assert any(block in diff for diff in diffs.values())
     for name, diff in diffs.items():
-        removed, added = (len(re.findall(rf"^[{sign}](?!{sign}{sign} )", diff, re.M)) for sign in "-+")
+        removed, added = (sum(line[0] == sign for line in diff.splitlines()[2:]) for sign in "-+")
         assert f"[{name}.diff]({name}.diff): {removed} lines less, {added} more" in PAGE
 
 
@@ -129,7 +129,7 @@ def test_idql_acts_by_q_or_by_the_weight_of_the_expectile(example, monkeypatch):
 
 # === FQL ===
 def outside(script, steps, **changes):
-    """Names of losses whose means over 250 steps leave the band around the authors' three seeds."""
+    """Losses whose means over 250 steps are four standard deviations, and 10 %, off the authors' mean."""
     curves = json.loads((ROOT / "docs" / "fql.json").read_text())["losses of each seed"]
     torch.manual_seed(0)
     dataset, args = load_dataset(find_task("hopper-mini-v0")), script.Args(**changes)
@@ -141,7 +141,7 @@ def outside(script, steps, **changes):
         losses = [agent.update(data) for _ in range(250)]
         for name, seeds in curves.items():
             ours, theirs = np.mean([each[name] for each in losses]), np.array(seeds)[:, i]
-            width = max(4 * theirs.std(ddof=1), 0.05 * abs(theirs.mean()))
+            width = max(4 * theirs.std(ddof=1), 0.1 * abs(theirs.mean()))
             if not abs(ours - theirs.mean()) <= width:
                 found.append(f"{name} {ours:.4g}, not {theirs.mean():.4g} +- {width:.2g}, to {250 * (i + 1)}")
     return found
