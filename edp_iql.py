@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from common.cli import Even, NonNegative, Positive, Threads, UnitInterval, UserError, run_command
 from common.datasets import RewardRule, load_dataset, tune_rewards
-from common.devices import compiled, cuda_graphed, default_threads, mish, use_device
+from common.devices import cuda_graphed, default_threads, mish, use_device
 from common.envs import make_envs
 from common.runs import Run, stop_if_asked
 from common.tasks import find_task
@@ -48,7 +48,7 @@ class Args:
     env_id: str = "hopper-mini-v0"  # task: a D4RL name, a Minari id, hopper-mini-v0 or bandit-<pattern>-v0
     dataset: str | None = None  # an HDF5 path or Minari id to read instead of the task's own transitions
     action_bounds: tuple[float, float] = (-1.0, 1.0)  # what -1 and 1 of the policy are in such an HDF5 file
-    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, JSON or key=value: max_episode_steps=500
+    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, key=value: max_episode_steps=500
     seed: NonNegative[int] = 0  # seed of initial weights, batches and noise
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
     num_threads: Threads[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
@@ -446,14 +446,14 @@ class EDPIQL(nn.Module):
         bc_loss = F.mse_loss(eps, draws.eps)
         with torch.no_grad():
             advantage = self.advantage(batch)  # (batch,)
-            weight = (advantage / self.args.temperature).exp().clamp(max=self.args.max_weight)  # D6: beta
+            weight = (advantage / self.args.temperature).exp().clamp(max=self.args.max_weight)  # bound: D6
         if self.args.likelihood == "elbo":
             log_prob = -self.elbo_weights[draws.t] * (eps - draws.eps).square().mean(1)  # mean weight 1: D9
         else:
             action = approximate_action(x_t, draws.t, eps, self.alpha_bar)  # (batch, action_dim)
             log_prob = -0.5 * ((batch.action - action).square() + math.log(2 * math.pi)).sum(1)  # D9
         guidance_loss = -(weight * log_prob).mean()
-        loss = bc_loss + self.args.guidance_weight * guidance_loss  # not divided by lambda: D4
+        loss = bc_loss + self.args.guidance_weight * guidance_loss  # lambda of Table 3: D4
         metrics = {"actor_loss": loss, "bc_loss": bc_loss, "guidance_loss": guidance_loss}
         return loss, metrics | {"weight": weight.mean()}
 
@@ -462,7 +462,7 @@ class EDPIQL(nn.Module):
         rows = torch.randint(len(data.reward), (self.args.batch_size,), device=self.device)  # (batch,)
         batch, draws = Batch(*(column[rows] for column in data)), self.draw(self.args.batch_size)
         max_norm = self.args.max_grad_norm
-        # V, before what learns from it: D14
+        # V first, the critics last: D14
         loss, metrics = self.value_loss(batch)
         self.optimizers["value"].zero_grad()
         loss.backward()
@@ -497,7 +497,7 @@ class EDPIQL(nn.Module):
             noise = torch.randn(self.noise_steps, len(obs), self.action_dim, device=self.device)
             noise[0] *= self.args.noise_scale
         actions = self.sample(self.actor, obs, noise, self.args.policy_scale)  # (batch * n, action_dim)
-        q = self.critic(obs, actions).amin(0).unflatten(0, (-1, n))  # (batch, n); not alpha Q: D2
+        q = self.critic(obs, actions).amin(0).unflatten(0, (-1, n))  # (batch, n); of min Q: D2
         chosen = torch.multinomial(q.softmax(1), 1)  # (batch, 1)
         return actions.unflatten(0, (-1, n)).take_along_dim(chosen.unsqueeze(2), dim=1).squeeze(1)
 
@@ -538,8 +538,9 @@ def train(args: Args) -> dict:
 
     agent = EDPIQL(data.obs.shape[1], data.action.shape[1], args, device)
     if args.compile:
-        losses = compiled(agent.value_loss, agent.critic_loss, agent.actor_loss)
-        agent.value_loss, agent.critic_loss, agent.actor_loss = losses
+        agent.value_loss = torch.compile(agent.value_loss)
+        agent.critic_loss = torch.compile(agent.critic_loss)
+        agent.actor_loss = torch.compile(agent.actor_loss)
     run = Run(__file__, args, TASK_SETTINGS, agent, dataset)  # its folder; with --resume, all as it was saved
     update = run.guarded(cuda_graphed(partial(agent.update, data), device, args.cuda_graph))
     with run:  # Ctrl-C and SIGTERM save and stop it between two steps

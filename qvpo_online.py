@@ -33,15 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.cli import Even, NonNegative, Positive, Threads, UnitInterval, UserError, run_command
-from common.devices import (
-    allocate,
-    compiled,
-    cuda_graphed,
-    default_threads,
-    mish,
-    split_for_cache,
-    use_device,
-)
+from common.devices import cuda_graphed, default_threads, mish, use_device
 from common.envs import make_envs
 from common.runs import Run, stop_if_asked
 from common.tasks import find_task
@@ -55,7 +47,7 @@ class Args:
     """The defaults are the official code's; a task's row of TASK_SETTINGS replaces some of them (D2)."""
 
     env_id: str = "Hopper-v4"  # task: a Gymnasium id with Box spaces, or bandit-<pattern>-v0
-    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, JSON or key=value: max_episode_steps=500
+    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, key=value: max_episode_steps=500
     seed: NonNegative[int] = 0  # seed of initial weights, batches and noise
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
     num_threads: Threads[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
@@ -316,8 +308,10 @@ class QVPO(nn.Module):
         def predict_noise(x: Tensor, t: int) -> Tensor:
             return actor(x.unflatten(0, (-1, batch)), shared[t]).flatten(0, 1)
 
-        parts = [part.flatten(1, 2) for part in split_for_cache(noise, 1024 // batch, dim=1)]
-        actions = torch.cat([ddpm_sample(predict_noise, each, self.schedule, self.sigma) for each in parts])
+        whole = self.device.type == "cuda" or torch.compiler.is_compiling()  # else parts for a CPU's cache
+        parts = noise.split(n if whole else max(1, 1024 // batch), dim=1)
+        samples = [ddpm_sample(predict_noise, x.flatten(1, 2), self.schedule, self.sigma) for x in parts]
+        actions = torch.cat(samples)  # (n * batch, action_dim)
         q = critic(obs.repeat(n, 1), actions).amin(0)  # (n * batch,)
         return actions.unflatten(0, (n, batch)), q.unflatten(0, (n, batch))
 
@@ -435,7 +429,11 @@ class Experience:
         self.env, self.args, self.capacity = env, args, min(args.replay_size, args.total_steps)
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
         self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
-        self.rows = allocate(self.capacity, sum(self.sizes), device, "--replay-size")
+        try:
+            self.rows = torch.empty(self.capacity, sum(self.sizes), device=device)
+        except RuntimeError as error:  # out of memory
+            size = f"{4e-9 * self.capacity * sum(self.sizes):,.1f} GB"
+            raise UserError(f"{self.capacity:,} transitions take {size}: lower --replay-size") from error
         obs, action, reward, next_obs, terminal = self.rows.split(self.sizes, dim=1)
         self.data = Batch(obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1))
         self.count, self.saved, self.checksum = 0, 0, 0  # transitions so far, those in the file, its CRC
@@ -516,8 +514,9 @@ def train(args: Args) -> dict:
 
     agent = QVPO(env.observation_space.shape[0], env.action_space.shape[0], args, device)
     if args.compile:
-        losses = compiled(agent.critic_loss, agent.weighted_loss, agent.actor_loss)
-        agent.critic_loss, agent.weighted_loss, agent.actor_loss = losses
+        agent.critic_loss = torch.compile(agent.critic_loss)
+        agent.weighted_loss = torch.compile(agent.weighted_loss)
+        agent.actor_loss = torch.compile(agent.actor_loss)
     run = Run(__file__, args, TASK_SETTINGS, agent, memory=experience)
     update = run.guarded(cuda_graphed(partial(agent.update, experience.data), device, args.cuda_graph))
     with run:  # Ctrl-C and SIGTERM save and stop it between two steps

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
@@ -20,17 +20,14 @@ TaskSettings = dict[str, dict[str, object]]  # task or domain -> its row, whose 
 DOMAINS = {"antmaze": ("antmaze", "v0"), "kitchen": ("kitchen", "v0"), "bandit": ("bandit", "v0")}
 DOMAINS |= dict.fromkeys(("pen", "door", "hammer", "relocate"), ("adroit", "v1"))
 
-Number = TypeVar(
-    "Number", int, float
-)  # bounded by a text and by what it means; NaN is outside of every bound
+# What is bounded, by a text and by what that means; NaN is outside of every bound.
+Number = TypeVar("Number", int, float)
 Positive = Annotated[Number, "above 0 and below 2^63", lambda number: 0 < number < 2**63]
 NonNegative = Annotated[Number, "at least 0 and below 2^63", lambda number: 0 <= number < 2**63]
 UnitInterval = Annotated[Number, "from 0 to 1", lambda number: 0 <= number <= 1]
 Finite = Annotated[Number, "finite", math.isfinite]
 Even = Annotated[Number, "even and at least 4", lambda number: number >= 4 and number % 2 == 0]
-Threads = Annotated[
-    Number, "from 1 to 1024, above which PyTorch may crash", lambda number: 0 < number <= 1024
-]
+Threads = Annotated[Number, "from 1 to 1024", lambda number: 0 < number <= 1024]  # PyTorch crashes above
 
 
 class UserError(Exception):
@@ -59,16 +56,11 @@ def run_command(main: Callable, args_class: type, task_settings: TaskSettings | 
 def check_bounds(args: object) -> None:
     """UserError, with the name of the flag, where a number is outside of its bound in Args."""
     for name, kind in get_type_hints(type(args), include_extras=True).items():
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        numbers = value if isinstance(value, tuple) else (value,)
-        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
-        if get_origin(kind) is Annotated and callable(kind.__metadata__[-1]):
-            text, holds = kind.__metadata__
-            if not numbers:
-                raise UserError(f"{flag} is empty; it must have at least one number")
-            for number in numbers:
-                if not holds(number):
-                    raise UserError(f"{flag} is {number}; it must be {text}")
+        value = getattr(args, name)
+        kind, numbers = (get_args(kind)[0], value) if isinstance(value, tuple) else (kind, [value])
+        bound: Any = getattr(kind, "__metadata__", ())  # none, a marker of tyro's, or a text and its meaning
+        if len(bound) == 2 and not (numbers and all(map(bound[1], numbers))):
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {bound[0]}")
 
 
 # === Settings ===
@@ -113,7 +105,7 @@ def parse_args(
     first, _ = parser.parse_known_args(words)
     if first.resume is None:
         return tyro.cli(args_class, args=words, default=settings_for(args_class, task_settings, first.env_id))
-    from common.runs import load_checkpoint  # PyTorch, which --help and the tools can do without
+    from common.checkpoints import load_checkpoint  # PyTorch, which --help and the tools can do without
 
     checkpoint = load_checkpoint(Path(first.resume).expanduser())
     if checkpoint["args"].keys() != {field.name for field in fields(args_class)}:

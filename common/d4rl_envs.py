@@ -9,7 +9,6 @@ locomotion,hand_manipulation_suite,kitchen}.
 
 import contextlib
 import io
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,12 @@ def make_d4rl_env(task: str, **options) -> gymnasium.Env:
 
     ImportError: a package that it needs is missing. LookupError: not rebuilt here.
     """
-    import_robotics()
     family, *variant = task.split("-")
+    if family == "ant":  # Ant-v4 leaves out D4RL's 84 contact forces, which are all zero: (27,) to (111,)
+        space = Box(-np.inf, np.inf, (111,), np.float64)
+        ant = gymnasium.make("Ant-v4", **options)
+        return gymnasium.wrappers.TransformObservation(ant, lambda obs: np.pad(obs, (0, 84)), space)
+    import_robotics()
     if family == "antmaze":
         return AntMaze(variant[0], **options)
     if family in HAND_TO_OBJECT or family == "pen":
@@ -112,23 +115,20 @@ class AntMaze(gymnasium.Wrapper):
 class Adroit(gymnasium.Wrapper):
     """D4RL's pen, door, hammer and relocate: Gymnasium-Robotics', but for two differences that are undone.
 
-    Its door, hammer and relocate, version 1, reward the distance between hand and object, by +0.1 per metre
-    instead of -0.1; version 2 does not, and is used where it is installed. Its pen goes on after a drop.
+    Its door, hammer and relocate reward the distance between hand and object, by +0.1 per metre instead of
+    -0.1. Its pen goes on after a drop.
     """
 
     def __init__(self, family: str, **options):
         self.family = family
-        name = f"AdroitHand{family.title()}"
-        self.sign_is_wrong = family in HAND_TO_OBJECT and f"{name}-v2" not in gymnasium.registry
-        version = "v1" if family == "pen" or self.sign_is_wrong else "v2"
-        super().__init__(gymnasium.make(f"{name}-{version}", **options))
+        super().__init__(gymnasium.make(f"AdroitHand{family.title()}-v1", **options))
 
     def step(self, action: np.ndarray) -> tuple:
         obs, reward, terminated, truncated, info = self.env.step(action)
-        if self.sign_is_wrong:
-            reward = float(reward) - 0.2 * np.linalg.norm(HAND_TO_OBJECT[self.family](obs))
         if self.family == "pen":
             terminated = bool(obs[26] < 0.075)  # height of the pen, in metres
+        else:
+            reward = float(reward) - 0.2 * np.linalg.norm(HAND_TO_OBJECT[self.family](obs))
         return obs, float(reward), terminated, truncated, info
 
 
@@ -167,7 +167,7 @@ class Kitchen(gymnasium.Wrapper):
 
 
 @cache
-def shared_compiler() -> Callable:
+def shared_compiler() -> Any:
     """Compiles an XML file once, for all environments: 100 kitchens' own models would take 8 GB and a minute.
 
     Only for environments that leave their model as it is.

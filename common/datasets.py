@@ -19,8 +19,7 @@ from common.cli import UserError
 from common.scores import Reference, reference_returns
 from common.tasks import DATA, Task, is_minari_id
 
-REQUIRED = ["observations", "actions", "rewards", "terminals"]
-OPTIONAL = ["timeouts", "next_observations"]
+FIELDS = ["observations", "actions", "rewards", "terminals"]  # of a file in D4RL's layout
 RewardRule = Literal[
     "none", "iql_locomotion", "iql_antmaze", "cql_antmaze", "antmaze", "antmaze100", "normalize", "minmax"
 ]
@@ -45,12 +44,6 @@ class Dataset:
         columns = self.observations, self.actions, self.rewards, self.next_observations, self.terminals
         return [zlib.crc32(column.data) for column in columns]
 
-    def largest(self) -> tuple[str, float]:
-        """Name and largest absolute value of the column that has the largest numbers."""
-        sizes = np.abs(np.column_stack([self.observations, self.rewards])).max(0)  # (obs_dim + 1,)
-        column = int(sizes.argmax())
-        return f"observations[:, {column}]" if column < len(sizes) - 1 else "rewards", float(sizes[column])
-
 
 def load_dataset(
     task: Task, dataset: str | None = None, seed: int = 0, action_bounds: tuple[float, float] = (-1, 1)
@@ -65,9 +58,7 @@ def load_dataset(
     if is_minari_id(source):
         from common.minari_data import minari_reference, read_minari
 
-        fields = check_fields(source, read_minari(source))
-        fields["episode_returns"] = sum_by_episode(fields["rewards"], fields["episode_ends"])
-        reference = reference or minari_reference(source)
+        fields, reference = read_minari(source), reference or minari_reference(source)
     elif dataset is not None:
         from common.own_data import read_own
 
@@ -85,7 +76,7 @@ def load_dataset(
     return Dataset(name, **arrays, reference_returns=reference)
 
 
-# === D4RL's files ===
+# === Files in D4RL's layout ===
 def d4rl_file(task: Task) -> Path:
     """Path of the task's file; it is bundled, or downloaded to D4RL_DATASET_DIR or ~/.d4rl/datasets."""
     name = Path(task.file["file"]).name
@@ -96,90 +87,33 @@ def d4rl_file(task: Task) -> Path:
         from common.downloads import download
 
         download(task.file, path)
-    size = path.stat().st_size  # hashing half a gigabyte at every start would be too slow
-    if task.file["bytes"] not in (None, size):
-        advice = f"--dataset {path} uses it as it is; if you move it away, D4RL's is downloaded."
-        raise UserError(f"{path} has {size:,} bytes, not {task.file['bytes']:,} like D4RL's file\n{advice}")
     return path
 
 
 def read_d4rl(path: Path, task: Task) -> dict[str, np.ndarray]:
-    """The transitions of D4RL's `qlearning_dataset`, one for one.
+    """The transitions of D4RL's `qlearning_dataset`, one for one, as the arrays of `Dataset` by name.
 
     The next observation of a row is that of the row below. So the last row is dropped, and every timeout row,
     terminal or not, since the row below is another episode's. Other terminal rows stay: their next
-    observation, wrong as it is, is never bootstrapped from. Returns the arrays of `Dataset` by name.
+    observation, wrong as it is, is never bootstrapped from.
     """
-    rows, _ = read_file(path)
-    terminals = rows["terminals"].astype(bool)
-    timeouts = rows["timeouts"] if "timeouts" in rows else cut_at_horizon(terminals, task.horizon, late=True)
-    timeouts = timeouts.astype(bool)
+    with h5py.File(path) as file:
+        rows = {name: file[name][()] for name in FIELDS}
+        timeouts = file["timeouts"][()].astype(bool) if "timeouts" in file else None
+    if timeouts is None:
+        timeouts = cut_at_horizon(rows["terminals"], task.horizon, after_terminal=1)
     keep = np.flatnonzero(~timeouts[:-1])
-    if keep.size == 0:
-        raise UserError(f"{path} has no transition: {len(timeouts)} rows, {timeouts.sum()} of them timeouts")
-    fields = {name: rows[name][keep] for name in REQUIRED}
-    fields["actions"] = clip(path, fields["actions"])
-    fields["next_observations"] = rows["observations"][keep + 1]
-    fields["episode_ends"] = terminals[keep] | timeouts[keep + 1]
-    fields["episode_ends"][-1] = True
-    return fields | {"episode_returns": evaluated_returns(task, rows["rewards"], terminals, timeouts)}
+    fields = transitions(task, rows, timeouts, keep, rows["observations"][keep + 1])
+    return fields | {"actions": clip(path, fields["actions"])}
 
 
-# === Files ===
-def read_file(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The checked fields of an HDF5 file in D4RL's layout, and the names of what else is in it.
-
-    UserError: it cannot be read, or a field is missing or unusable.
-    """
-    if not path.is_file():  # to open a pipe would take forever
-        advice = "--dataset takes an HDF5 file or a Minari id; in a resumed run it is the checkpoint's"
-        raise UserError(f"there is no file {path} (seen from {os.getcwd()}); {advice}")
-    try:
-        with h5py.File(path, "r") as file:
-            known = [name for name in REQUIRED + OPTIONAL if isinstance(file.get(name), h5py.Dataset)]
-            if missing := [name for name in REQUIRED if name not in known]:
-                raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(file) or 'nothing'}")
-            if "timeouts" not in known and "truncations" in file:
-                raise UserError(f"{path} has truncations; in D4RL's layout they are called timeouts")
-            for name in known:
-                if not is_here(file[name], file):
-                    raise UserError(f"{path}: {name} has rows that were never written, or are in other files")
-            fields = {name: file[name][()] for name in known}
-            ignored = [name for name in file if name not in known]
-    except (OSError, RuntimeError, KeyError, ValueError, MemoryError) as error:  # h5py's and NumPy's
-        raise UserError(f"cannot read {path} as an HDF5 file: {error}") from error
-    return check_fields(path, fields), ignored
-
-
-def is_here(values: h5py.Dataset, file: h5py.File) -> bool:
-    """Whether all rows were written, into this file; of others HDF5 reads zeros, or any file they name."""
-    written = values.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED or not values.size
-    return written and not values.is_virtual and not values.external and values.file == file
-
-
-def check_fields(source: str | Path, fields: dict) -> dict[str, np.ndarray]:
-    """The fields as float32, (N, size) or (N,). UserError for other shapes, NaN, infinity, and no numbers."""
-    checked = {}
-    num_rows = np.atleast_1d(fields["observations"]).shape[0]
-    for name, values in fields.items():
-        values = np.asarray(values)
-        is_vector = name.endswith(("observations", "actions"))
-        if not is_vector and values.shape == (num_rows, 1):
-            values = values[:, 0]
-        wrong_shape = values.ndim != 1 + is_vector or len(values) != num_rows or values.size == 0
-        if wrong_shape or values.dtype.kind not in "biuf":
-            found, size = f"{values.dtype}{values.shape}", " size" if is_vector else ""
-            raise UserError(f"{source}: {name} is {found}, not numbers shaped ({num_rows},{size})")
-        if name == "actions" and values.dtype.kind != "f":
-            raise UserError(f"{source}: actions are {values.dtype}; discrete actions cannot be learned here")
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
-            checked[name] = values.astype(np.float32, copy=False)
-        bad = ~np.isfinite(checked[name]).reshape(num_rows, -1).all(axis=1)  # (N,)
-        if bad.any():
-            raise UserError(f"{source}: {name} has NaN or infinity in {bad.sum()} rows, first {bad.argmax()}")
-        if name in ("terminals", "timeouts") and not np.isin(checked[name], (0, 1)).all():
-            raise UserError(f"{source}: {name} has {values.min()} to {values.max()}; it must be 0 or 1")
-    return checked
+def transitions(task: Task, rows: dict, timeouts: np.ndarray, keep: np.ndarray, next_obs: np.ndarray) -> dict:
+    """The rows to keep (N,), in order, with their next observations, as the arrays of `Dataset` by name."""
+    ends = timeouts | rows["terminals"].astype(bool)
+    episode = np.append(0, np.cumsum(ends)[:-1])[keep]  # (N,): which one a transition is of
+    fields = {name: rows[name][keep] for name in FIELDS} | {"next_observations": next_obs}
+    fields["episode_ends"] = np.append(np.diff(episode) > 0, True)
+    return fields | {"episode_returns": evaluated_returns(task, rows["rewards"], ends, timeouts)}
 
 
 def clip(source: str | Path, actions: np.ndarray) -> np.ndarray:
@@ -189,34 +123,28 @@ def clip(source: str | Path, actions: np.ndarray) -> np.ndarray:
     return actions.clip(-1, 1)
 
 
-def cut_at_horizon(terminals: np.ndarray, horizon: int | None, late: bool = False) -> np.ndarray:
+def cut_at_horizon(terminals: np.ndarray, horizon: int | None, after_terminal: int = 0) -> np.ndarray:
     """Timeouts (N,) for a file without them: true where an episode reaches the horizon.
 
-    late: as in D4RL the count of an episode that follows a terminal row starts at that row, one step early.
+    after_terminal: the step that a row after a terminal one is; in D4RL 1, so that it is cut one step early.
     """
-    timeouts, start = np.zeros_like(terminals), 0
-    horizon = horizon or len(terminals) + 1
-    for end in [*np.flatnonzero(terminals), len(terminals) - 1]:
-        timeouts[start + horizon - 1 : end + 1 : horizon] = True
-        start = end if late and not timeouts[end] else end + 1
+    timeouts, step = np.zeros(len(terminals), bool), 0
+    for row, terminal in enumerate(terminals):
+        timeouts[row] = step + 1 == horizon
+        step = 0 if timeouts[row] else after_terminal if terminal else step + 1
     return timeouts
 
 
-def evaluated_returns(task: Task, rewards: np.ndarray, terminals: np.ndarray, timeouts: np.ndarray):
+def evaluated_returns(task: Task, rewards: np.ndarray, ends: np.ndarray, timeouts: np.ndarray) -> np.ndarray:
     """The returns (num complete episodes,) that the recorded episodes would have got in an evaluation.
 
     Two domains were recorded otherwise than they are evaluated: ants go on after they reached the goal, and a
     step in the kitchen is rewarded for all that is done by then.
     """
-    ends = timeouts if task.family == "antmaze" else terminals | timeouts
+    ends = timeouts if task.family == "antmaze" else ends
     episodes = np.split(rewards.astype(np.float64), np.flatnonzero(ends) + 1)[:-1]
     count = np.max if task.family in ("antmaze", "kitchen") else np.sum
     return np.array([count(episode[: task.horizon]) for episode in episodes])
-
-
-def sum_by_episode(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Undiscounted returns of the complete episodes; `ends` (N,) is true on the last row of each."""
-    return np.diff(np.cumsum(rewards, dtype=np.float64)[np.flatnonzero(ends)], prepend=0.0)
 
 
 # === Rewards ===
@@ -226,11 +154,10 @@ def tune_rewards(data: Dataset, rule: RewardRule) -> np.ndarray:
     Prints what the rule does to them. UserError: data for which the rule would divide by zero.
     """
     rewards = data.rewards.astype(np.float64)
-    if rule == "none":
-        print(f"rewards as recorded: {describe(rewards)}")
-        return data.rewards
+    returns = np.diff(np.cumsum(rewards)[data.episode_ends > 0], prepend=0)
     rules = {  # rule: what to subtract, then what to divide by
-        "iql_locomotion": (0, np.ptp(sum_by_episode(rewards, data.episode_ends)) / 1000),  # returns span 1000
+        "none": (0, 1),
+        "iql_locomotion": (0, np.ptp(returns) / 1000),  # returns span 1000
         "iql_antmaze": (1, 1),
         "cql_antmaze": (0.5, 1 / 4),
         "antmaze": (0.25, 1 / 2),
@@ -242,12 +169,5 @@ def tune_rewards(data: Dataset, rule: RewardRule) -> np.ndarray:
     if not scale > 1e-9:
         reason = "all rewards, or all returns of whole episodes, are equal"
         raise UserError(f"{data.name}: --reward-tune {rule} is undefined: {reason}; none keeps the rewards")
-    tuned = ((rewards - shift) / scale).astype(np.float32)
-    print(f"rewards by {rule}: {describe(rewards)} -> {describe(tuned)}")
-    return tuned
-
-
-def describe(rewards: np.ndarray) -> str:
-    """Range, mean and sum of rewards (N,), for the screen."""
-    low, high, mean = (f"{value:.4g}" for value in (rewards.min(), rewards.max(), rewards.mean()))
-    return f"[{low}, {high}], mean {mean}, sum {rewards.sum(dtype=np.float64):.4g}"
+    print(f"rewards by {rule}: (reward - {shift:.6g}) / {scale:.6g}")
+    return ((rewards - shift) / scale).astype(np.float32)

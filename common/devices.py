@@ -7,7 +7,6 @@ import ctypes
 import os
 import platform
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,9 +39,7 @@ def use_device(name: str, num_threads: int, matmul_precision: str) -> torch.devi
         device = torch.empty(0, device=chosen).device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # CUDA graphs and their streams are those of the current one
-        elif device.type != "cpu":
-            raise RuntimeError("it is neither cpu nor cuda")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} is not available: {reason}; try --device cpu") from error
     if device.type == "cpu" and matmul_library() == "onednn":
@@ -67,25 +64,6 @@ def matmul_library() -> str:
         needed = "mkl or, with AVX-512 and without AMX, onednn"
         raise UserError(f"MATMUL_LIBRARY is {chosen}; it must be {needed}")
     return chosen
-
-
-def allocate(rows: int, columns: int, device: torch.device, flag: str) -> Tensor:
-    """Room for so many float32 rows. UserError: the device has less memory; the flag asks for less."""
-    needed, there = 4 * rows * columns, float("inf")
-    if device.type == "cuda":
-        there = torch.cuda.mem_get_info(device)[0]
-    elif hasattr(os, "sysconf"):  # not on Windows
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        sizes = f"{needed / 1e9:,.1f} GB, and {device} has {there / 1e9:,.1f}"
-        raise UserError(f"{rows:,} transitions take {sizes}: lower {flag}")
-    return torch.empty(rows, columns, dtype=torch.float32, device=device)
-
-
-def split_for_cache(x: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
-    """Parts of x whose activations stay in a CPU's cache; x as it is on a GPU, and where it is compiled."""
-    whole = x.device.type == "cuda" or torch.compiler.is_compiling()
-    return (x,) if whole else x.split(max(1, size), dim)
 
 
 class CPUMish(torch.autograd.Function):
@@ -113,14 +91,6 @@ def mish(x: Tensor) -> Tensor:
         r2 = torch.sigmoid(-x).square()
         return x * (1 - r2) / (1 + r2)
     return CPUMish.apply(x)
-
-
-def compiled(*losses: Callable) -> list[Callable]:
-    """The same functions, compiled by torch.compile. UserError: there is no C++ compiler, which it needs."""
-    known = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
-    if not any(map(shutil.which, known)):
-        raise UserError("--compile needs a C++ compiler, and finds none: install g++ or set CXX")
-    return [torch.compile(loss) for loss in losses]
 
 
 def cuda_graphed(update: Update, device: torch.device, wanted: bool) -> Update:

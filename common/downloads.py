@@ -1,6 +1,5 @@
 """D4RL's HDF5 files, from the network: loaded only when one is missing."""
 
-import os
 import socket
 import uuid
 from pathlib import Path
@@ -13,21 +12,16 @@ from common.tasks import D4RL, OFFLINE
 
 
 def download(info: dict, path: Path) -> None:
-    """Download a D4RL file from the first source that has it; it gets its name when it is whole and right."""
-    urls = [D4RL["url"] + info["file"], D4RL["mirror"] + path.name]
-    if os.environ.get("D4RL_MIRROR"):
-        urls.insert(0, f"{os.environ['D4RL_MIRROR'].rstrip('/')}/{path.name}")
+    """Download a D4RL file; it gets its name when it is whole and right. UserError: no source has it."""
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # of this process: other seeds may fetch it too
     failures, patience = "", socket.getdefaulttimeout()
-    for url in urls:
+    for url in (D4RL["url"] + info["file"], D4RL["mirror"] + path.name):
         print(f"downloading {url} to {path.parent}")
         try:
             socket.setdefaulttimeout(30)  # seconds that a server may be silent
             path.parent.mkdir(parents=True, exist_ok=True)
             download_url_to_file(url, str(part), info["sha256"])
-            if info["bytes"] not in (None, part.stat().st_size):
-                raise ValueError(f"got {part.stat().st_size:,} bytes instead of {info['bytes']:,}")
-            h5py.File(part).close()
+            h5py.File(part).close()  # OSError if it is not whole
             part.replace(path)
             return
         except (OSError, ValueError, RuntimeError) as error:
@@ -36,7 +30,6 @@ def download(info: dict, path: Path) -> None:
             socket.setdefaulttimeout(patience)
             part.unlink(missing_ok=True)
     raise UserError(
-        f"could not download {path.name}:{failures}\n"
-        f"By hand: put {D4RL['url']}{info['file']}\n  into {path.parent}; or set D4RL_DATASET_DIR to another "
-        f"folder, or D4RL_MIRROR to another URL, that has {path.name}.\n{OFFLINE}"
+        f"could not download {path.name}:{failures}\nBy hand: put {D4RL['url']}{info['file']}\n"
+        f"  into {path.parent}, or set D4RL_DATASET_DIR to a folder that has it.\n{OFFLINE}"
     )

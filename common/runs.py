@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
@@ -30,11 +29,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from common import FORMAT
 from common.cli import UserError, check_bounds, sources_of
 from common.devices import Update, matmul_library
 from common.scores import reference_returns, scored, show, summarize
 
-FORMAT = 3  # of checkpoint.pt and results.json; another format is refused
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # what some file systems answer
 stop_requested = threading.Event()
 
@@ -89,44 +88,22 @@ def write_atomically(path: Path, content: dict) -> None:
             os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}; make room or choose another --run-dir") from error
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """The right to write into a run folder, until it is released or the process ends. UserError: taken."""
+    """Make the folder; the right to write there, until released or the process ends. UserError: neither."""
     lock = FileLock(folder / "run.lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(f"{folder} is in use by another process; wait until it has ended") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            raise UserError(f"cannot write into {folder}: {error}") from error
+            raise UserError(f"cannot write into {folder}: {error}; choose another --run-dir") from error
     return lock
-
-
-def load_checkpoint(path: Path) -> dict:
-    """What Run.save() wrote, from the file or its run folder, and that folder as "folder".
-
-    Only tensors and plain values are unpickled. UserError: no checkpoint, or one that is damaged or too old.
-    """
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.is_file():  # to open a pipe would take forever
-        raise UserError(f"there is no checkpoint at {path}")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        version = checkpoint["format"]
-    except Exception as error:  # whatever a damaged file provokes
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path} cannot be read, or is no checkpoint, or a damaged one ({reason})") from error
-    if version != FORMAT:
-        raise UserError(f"{path} is of another version of this project: format {version}, not {FORMAT}")
-    return checkpoint | {"folder": path.parent}
 
 
 # === The run ===
@@ -149,94 +126,56 @@ class Run:
         self.names: list[str] = []  # of the losses
         self.losses: list[Tensor] = []  # of each step since the last log, on the device
         self.best: dict | None = None  # the policy of the best evaluation, until it is saved
+        returns = dataset.episode_returns if dataset else np.empty(0)
         self.results: dict = {"script": Path(script).stem, "env_id": args.env_id, "seed": args.seed}
-        self.results |= {"data": None, "data_checksum": 0, "data_mean": None}
-        if dataset:
-            mean = dataset.episode_returns.mean().item() if len(dataset.episode_returns) else None
-            self.results |= {"data": dataset.name, "data_checksum": dataset.checksum(), "data_mean": mean}
+        self.results["data"] = dataset.name if dataset else None
+        self.results["data_checksum"] = dataset.checksum() if dataset else 0
+        self.results["data_mean"] = returns.mean().item() if len(returns) else None
+        self.results["reference_returns"] = self.reference
         self.results |= {"evaluations": [], "losses": {}, "train_seconds": 0.0}
-        name = f"{args.env_id}__{Path(script).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        self.folder = Path(args.run_dir).expanduser() / re.sub(r"[^-\w.]", "-", name)
         if args.resume:
-            self.resume(Path(args.resume).expanduser())
-        owed = self.evaluation_due()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-            # What was drawn after the checkpoint is drawn again, and an evaluation that it does not have.
-            self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 - owed)
-        except (OSError, UnicodeError) as error:
-            raise UserError(f"cannot write into {self.folder}: {error}; choose another --run-dir") from error
-        if not args.resume:
+            from common.checkpoints import restore
+
+            path = Path(args.resume).expanduser()
+            self.folder = path if path.is_dir() else path.parent
             self.lock = lock_folder(self.folder)
-        elif owed and self.reached(args.log_every):
+            restore(self, path)
+        else:
+            name = f"{args.env_id}__{Path(script).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+            self.folder = Path(args.run_dir).expanduser() / re.sub(r"[^-\w.]", "-", name)
+            self.lock = lock_folder(self.folder)
+        # What was drawn after the checkpoint is drawn again, and an evaluation that it does not have.
+        owed = self.evaluation_due()
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 - owed)
+        if owed and self.reached(args.log_every):
             self.add_to_curves("losses", self.results["losses"])
         self.announce(sources_of(args, task_settings))
-        self.started = self.logged = time.time()
-        self.logged_step, start = self.step, min(self.step, 0)
+        self.started, self.seconds_before = time.time(), self.results["train_seconds"]
+        counts = {"initial": self.step - first_step, "total": args.total_steps - first_step}
         pause = 0.1 if sys.stderr.isatty() else 60  # seconds between two states of the bar
-        counts = {"initial": self.step - start, "total": args.total_steps - start}
-        self.bar = tqdm(**counts, unit="step", dynamic_ncols=True, mininterval=pause)
-
-    def resume(self, path: Path) -> None:
-        """Go on where a checkpoint was written. UserError: it is finished, another run's, or does not fit."""
-        self.folder = load_checkpoint(path)["folder"]
-        if path.is_file() and path.name != "checkpoint.pt" and (self.folder / "checkpoint.pt").exists():
-            raise UserError(f"{self.folder} has a checkpoint.pt; copy {path.name} elsewhere to resume it")
-        self.lock = lock_folder(self.folder)
-        saved = load_checkpoint(path)  # once more: another process may have written it until now
-        new, self.results, self.step = self.results, saved["results"], saved["step"]
-        for name in ("script", "env_id", "seed"):
-            if self.results[name] != new[name]:
-                raise UserError(f"{path} is of {name} {self.results[name]}, not {new[name]}: start a new run")
-        if self.step >= self.args.total_steps and not self.evaluation_due():
-            raise UserError(f"{path} is finished, at step {self.step:,}; larger --total-steps add more")
-        old = saved["args"] | {"resume": self.args.resume}
-        changed = {name: value for name, value in asdict(self.args).items() if value != old[name]}
-        if "run_dir" in changed and Path(changed["run_dir"]).resolve() != self.folder.resolve().parent:
-            raise UserError(f"--run-dir {self.args.run_dir} is for a new run; {self.folder} stays in place")
-        if new["data_checksum"] != self.results["data_checksum"] and "dataset" not in changed:
-            raise UserError(f"the data of {new['data']} changed since the run in {self.folder} began")
-        self.results |= {name: new[name] for name in ("data", "data_checksum", "data_mean")}
-        if changed:
-            print("resumed with", ", ".join(f"{name} {old[name]} -> {new}" for name, new in changed.items()))
-        try:
-            self.agent.load_state_dict(saved["agent"])
-            for name, optimizer in self.agent.optimizers.items():
-                own = optimizer.state_dict()["param_groups"]  # of this device and these arguments
-                optimizer.load_state_dict(saved["optimizers"][name] | {"param_groups": own})
-            self.agent.set_step(self.step - 1)
-            self.names, self.losses = saved["loss_names"], list(saved["losses"].to(self.agent.device))
-            torch.set_rng_state(saved["rng"])
-            if self.agent.device.type == "cuda" and saved["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(saved["cuda_rng"], self.agent.device)
-            if self.memory:
-                self.memory.load(self.folder, saved["memory"])
-        except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"{path} is damaged or does not fit: {reason}") from error
+        self.bar = tqdm(**counts, unit="step", mininterval=pause)
 
     def announce(self, sources: dict[str, str]) -> None:
         """Say what is trained on what, with which settings and where each came from; write config.json."""
         args, device, data = self.args, self.agent.device, self.dataset
         where = f"{device}, {matmul_library()}" if device.type == "cpu" else str(device)
-        config = {"script": self.results["script"], "args": asdict(args), "sources": sources, "device": where}
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        git, code = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], ""
         with contextlib.suppress(OSError):  # it is not installed
-            config["code"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        config["python"] = platform.python_version()
-        config |= {name: metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+            code = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        versions = {name: metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+        config = {"script": self.results["script"], "args": asdict(args), "sources": sources, "device": where}
+        config |= {"code": code, "python": platform.python_version()} | versions
         write_atomically(self.folder / "config.json", config)
-        what = f"in {args.env_id}: learns from its own transitions"
+        what = "its own transitions"
         if data:
+            mean = show(scored(self.results["data_mean"], self.reference))
             counts = f"{len(data.rewards):,} transitions, {len(data.episode_returns):,} episodes"
-            what = f"on {data.name}: {counts}, mean {show(scored(self.results['data_mean'], self.reference))}"
-        print(self.results["script"], what)
+            what = f"{data.name}: {counts}, mean {mean}"
+        print(f"{self.results['script']} in {args.env_id} learns from {what}")
         for source in sorted(set(sources.values()), key=lambda of: (of == "default", of != "given")):
             values = [f"{name} {getattr(args, name)}" for name in sources if sources[name] == source]
             print(f"  {source}: {', '.join(values)}")
         print(f"  {where}, seed {args.seed}, step {self.step:,} of {args.total_steps:,}, {self.folder}")
-        if self.reference is None:
-            print(f"  no reference returns are known for {args.env_id}: raw returns only")
         if threading.current_thread() is not threading.main_thread():
             print("  not reproducible: threads share PyTorch's random state")
 
@@ -277,54 +216,52 @@ class Run:
 
     def log_losses(self) -> None:
         """The mean losses since the last call, as losses/*. UserError: one is not finite."""
-        self.check_losses()
+        losses = self.checked_losses()
         if self.losses:
-            means = torch.stack(self.losses).mean(0).tolist()
-            self.results["losses"] = dict(zip(self.names, means, strict=True))
+            self.results["losses"] = dict(zip(self.names, losses.mean(0).tolist(), strict=True))
             self.add_to_curves("losses", self.results["losses"])
-            speed = (self.step - self.logged_step) / (time.time() - self.logged)
+            speed = (self.bar.n - self.bar.initial) / (time.time() - self.started)
             self.add_to_curves("charts", {"steps_per_second": speed})
-        self.losses, self.logged, self.logged_step = [], time.time(), self.step
+        self.losses = []
 
     def log_evaluation(self, evaluation: dict) -> None:
         """The returns and lengths of an evaluation, with its score, as eval/*. UserError: as log_losses()."""
-        self.check_losses()
-        returns, mean = np.array(evaluation["returns"]), float(np.mean(evaluation["returns"]))
-        evaluation = {
-            "step": self.step,
-            **evaluation,
-            "return_mean": mean,
-            "return_std": returns.std().item(),
-        }
-        evaluation["length_mean"] = float(np.mean(evaluation["lengths"]))
+        self.checked_losses()
+        returns, lengths = np.array(evaluation["returns"]), np.array(evaluation["lengths"])
+        mean, spread = returns.mean().item(), returns.std().item()
+        evaluation = {"step": self.step} | evaluation | {"return_mean": mean, "return_std": spread}
+        evaluation["length_mean"] = lengths.mean().item()
         evaluation["normalized_score"] = scored(mean, self.reference)["score"]
         self.results["evaluations"].append(evaluation)
         self.add_to_curves("eval", evaluation)
         if mean == max(each["return_mean"] for each in self.results["evaluations"]):
             weights = {name: value.clone() for name, value in self.agent.state_dict().items()}
             self.best = {"step": self.step, "agent": weights}
-        final, best, last_ten = map(show, summarize(self.results["evaluations"], self.reference).values())
-        self.bar.set_postfix_str(final)
-        spread = f"return {mean:.5g} +- {returns.std():.4g}"
-        self.bar.write(f"step {self.step:,}: {spread}, {final} (best {best}, last ten {last_ten})")
-        self.logged, self.logged_step = time.time(), self.step  # an evaluation is no step
+        self.bar.write(f"step {self.step:,}: return {mean:.5g} +- {spread:.4g}, {self.summary()}")
 
-    def check_losses(self) -> None:
-        """UserError, with its name and step, if a loss since the last log is infinite or NaN."""
-        losses = torch.stack(self.losses) if self.losses else torch.zeros(1, 1)  # (steps, losses)
-        if not losses.isfinite().all():
-            row, column = (~losses.isfinite()).nonzero()[0].tolist()
+    def summary(self) -> str:
+        """The scores of the evaluations, for the screen."""
+        results = summarize(self.results["evaluations"], self.reference).items()
+        return ", ".join(f"{name.replace('_', ' ')} {show(result)}" for name, result in results)
+
+    def checked_losses(self) -> Tensor:
+        """The losses (steps, losses) since the last log. UserError: one, named, is not finite."""
+        losses = torch.stack(self.losses) if self.losses else torch.empty(0, len(self.names))
+        if len(bad := (~losses.isfinite()).nonzero()):
+            row, column = bad[0].tolist()
             step = self.step - len(losses) + 1 + row
             raise self.diverged(f"{self.names[column]} is {losses[row, column].item()} at step {step:,}")
+        return losses
 
     def diverged(self, what: str) -> UserError:
         """What is not finite, what may have caused it, and where the last good checkpoint is."""
         advice = "try a lower learning rate"
-        if self.dataset and (found := self.dataset.largest())[1] > 1e4:
-            advice = f"the data's {found[0]} are up to {found[1]:.3g}: scale them down"
-        saved = (self.folder / "checkpoint.pt").exists()
-        where = f"; the checkpoint in {self.folder} is from before" if saved else ""
-        return UserError(f"{what}; {advice}{where}")
+        columns = [self.dataset.rewards, self.dataset.observations] if self.dataset else [[0.0]]
+        largest = np.abs(np.column_stack(columns)).max(0)  # (1 + obs_dim,)
+        if largest.max() > 1e4:
+            column = f"observations[:, {largest.argmax() - 1}]" if largest.argmax() else "rewards"
+            advice = f"the data's {column} are up to {largest.max():.3g}: scale them down"
+        return UserError(f"{what}; {advice}; nothing is saved after it in {self.folder}")
 
     # --- Saving ---
     def save(self, name: str = "checkpoint.pt") -> None:
@@ -332,26 +269,23 @@ class Run:
 
         UserError: a loss or a weight is not finite, or the disk is full.
         """
-        self.check_losses()
-        agent, device = self.agent.state_dict(), self.agent.device
+        losses, agent, device = self.checked_losses(), self.agent.state_dict(), self.agent.device
         if bad := [each for each, value in agent.items() if not value.isfinite().all()]:
             raise self.diverged(f"{bad[0]} is not finite after step {self.step:,}")
-        self.results["train_seconds"] += time.time() - self.started
-        self.started = time.time()
-        finished = self.step == self.args.total_steps and not self.evaluation_due()
-        self.results |= {"format": FORMAT, "step": self.step, "total_steps": self.args.total_steps}
-        self.results |= {"finished": finished} | summarize(self.results["evaluations"], self.reference)
-        state = {"format": FORMAT, "args": asdict(self.args), "results": self.results}
+        about = {"format": FORMAT, "step": self.step, "total_steps": self.args.total_steps}
+        about["finished"] = self.step == self.args.total_steps and not self.evaluation_due()
+        about["train_seconds"] = self.seconds_before + time.time() - self.started
+        self.results |= about | summarize(self.results["evaluations"], self.reference)
+        state = {"format": FORMAT, "args": asdict(self.args), "results": self.results, "step": self.step}
         if self.best:
             best, self.best = state | self.best, None
             write_atomically(self.folder / "best.pt", best)
         state |= {
-            "step": self.step,
             "agent": agent,
             "optimizers": {each: optimizer.state_dict() for each, optimizer in self.agent.optimizers.items()},
             "memory": self.memory.save(self.folder) if self.memory else None,
             "loss_names": self.names,
-            "losses": torch.stack(self.losses) if self.losses else torch.empty(0, len(self.names)),
+            "losses": losses,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
@@ -359,8 +293,8 @@ class Run:
         write_atomically(self.folder / "results.json", self.results)
 
     def __enter__(self) -> "Run":
-        self.stopping = contextlib.ExitStack()
-        self.stopping.enter_context(stopping_between_steps())
+        self.stopping = stopping_between_steps()
+        self.stopping.__enter__()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
@@ -369,16 +303,11 @@ class Run:
         try:
             if not self.in_update and kind is not UserError:
                 self.save()
-                how = "finished" if kind is None else "stopped"
-                summary = summarize(self.results["evaluations"], self.reference).items()
-                scores = ", ".join(f"{name.replace('_', ' ')} {show(result)}" for name, result in summary)
+                how = f"stopped: go on with --resume {self.folder}" if kind else f"finished: {self.folder}"
                 minutes = f"{self.results['train_seconds'] / 60:.1f} min"
-                print(f"{how} at step {self.step:,} after {minutes}: {scores or 'not evaluated'}")
-                print(
-                    f"  in {self.folder}" + ("" if kind is None else f"; go on with --resume {self.folder}")
-                )
+                print(f"step {self.step:,} after {minutes}, {self.summary() or 'not evaluated'}\n  {how}")
         finally:
             with contextlib.suppress(OSError):  # of a full disk, which was reported before
                 self.writer.close()
             self.lock.release()
-            self.stopping.close()
+            self.stopping.__exit__(None, None, None)

@@ -16,15 +16,16 @@ import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from gymnasium import registry
+
 from common.cli import UserError
 
 DATA = Path(__file__).parent / "data"
 D4RL = json.loads((DATA / "d4rl_tasks.json").read_text())
 D4RL_TASKS = D4RL["tasks"]  # name -> file, horizon, and, where known, bytes and sha256
 BUNDLED = "hopper-mini-v0"
-PATTERNS = ["8gaussians", "moons", "corners", "spiral"]
-PATTERNS += ["25gaussians", "25gaussians-far", "swissroll", "swissroll-far"]
-BANDIT_TASKS = [f"bandit-{pattern}-v0" for pattern in PATTERNS]
+BANDIT_TASKS = [f"bandit-{pattern}-v0" for pattern in ("8gaussians", "moons", "corners", "spiral")]
+BANDIT_TASKS += [f"bandit-{name}{far}-v0" for name in ("25gaussians", "swissroll") for far in ("", "-far")]
 OFFLINE = f"Without a network: {', '.join([BUNDLED, *BANDIT_TASKS])}."
 
 
@@ -45,19 +46,17 @@ def find_task(name: str) -> Task:
         return Task(name, "d4rl", family, D4RL_TASKS[name]["horizon"], D4RL_TASKS[name])
     if name in BANDIT_TASKS:
         return Task(name, "bandit", family, 1, {})
-    from gymnasium import registry
-
     if is_minari_id(name):
         return Task(name, "minari", family, None, {})
     module, _, env_id = name.rpartition(":")
-    if module:  # registers env_id
-        try:
+    try:
+        if module:  # registers env_id
             importlib.import_module(module)
-        except Exception as error:  # whatever is wrong in it
-            advice = "; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
-            reason = f"{type(error).__name__}: {error}{advice}"
-            raise UserError(f"cannot import {module} of {name}: {reason}") from error
-    elif name not in registry:
+    except Exception as error:  # whatever is wrong in it
+        advice = "; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        reason = f"{type(error).__name__}: {error}{advice}"
+        raise UserError(f"cannot import {module} of {name}: {reason}") from error
+    if env_id not in registry:
         from common.d4rl_envs import import_robotics
 
         with contextlib.suppress(ImportError):  # it registers more, if it is installed
@@ -71,8 +70,5 @@ def find_task(name: str) -> Task:
 
 def is_minari_id(name: str) -> bool:
     """namespace/name-v0, with any number of namespaces; unless a file or a Gymnasium env has that name."""
-    if not re.fullmatch(r"([-\w]{1,99}/)+[-\w]{1,99}-v\d{1,9}", name) or os.path.isfile(name):
-        return False
-    from gymnasium import registry
-
-    return name not in registry
+    is_id = re.fullmatch(r"([-\w]{1,99}/)+[-\w]{1,99}-v\d{1,9}", name)
+    return bool(is_id) and name not in registry and not os.path.isfile(name)
