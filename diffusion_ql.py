@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from common.cli import Even, NonNegative, Positive, Threads, UnitInterval, run_command
 from common.datasets import RewardRule, load_dataset, tune_rewards
-from common.devices import cuda_graphed, default_threads, mish, use_device
+from common.devices import compiled, cuda_graphed, default_threads, mish, use_device
 from common.envs import make_envs
 from common.runs import Run, stop_if_asked
 from common.tasks import find_task
@@ -46,7 +46,7 @@ class Args:
     env_id: str = "hopper-mini-v0"  # task: a D4RL name, a Minari id, hopper-mini-v0 or bandit-<pattern>-v0
     dataset: str | None = None  # an HDF5 path or Minari id to read instead of the task's own transitions
     action_bounds: tuple[float, float] = (-1.0, 1.0)  # what -1 and 1 of the policy are in such an HDF5 file
-    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, key=value: max_episode_steps=500
+    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, JSON or key=value: max_episode_steps=500
     seed: NonNegative[int] = 0  # seed of initial weights, batches and noise
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
     num_threads: Threads[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
@@ -425,8 +425,7 @@ def train(args: Args) -> dict:
 
     agent = DiffusionQL(data.obs.shape[1], data.action.shape[1], args, device)
     if args.compile:
-        agent.critic_loss = torch.compile(agent.critic_loss)
-        agent.actor_loss = torch.compile(agent.actor_loss)
+        agent.critic_loss, agent.actor_loss = compiled(agent.critic_loss, agent.actor_loss)
     run = Run(__file__, args, TASK_SETTINGS, agent, dataset)  # its folder; with --resume, all as it was saved
     update = run.guarded(cuda_graphed(partial(agent.update, data), device, args.cuda_graph))
     with run:  # Ctrl-C and SIGTERM save and stop it between two steps

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.cli import Even, NonNegative, Positive, Threads, UnitInterval, UserError, run_command
-from common.devices import cuda_graphed, default_threads, mish, use_device
+from common.devices import compiled, cuda_graphed, default_threads, mish, use_device
 from common.envs import make_envs
 from common.runs import Run, stop_if_asked
 from common.tasks import find_task
@@ -47,7 +47,7 @@ class Args:
     """The defaults are the official code's; a task's row of TASK_SETTINGS replaces some of them (D2)."""
 
     env_id: str = "Hopper-v4"  # task: a Gymnasium id with Box spaces, or bandit-<pattern>-v0
-    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, key=value: max_episode_steps=500
+    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, JSON or key=value: max_episode_steps=500
     seed: NonNegative[int] = 0  # seed of initial weights, batches and noise
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
     num_threads: Threads[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
@@ -514,9 +514,8 @@ def train(args: Args) -> dict:
 
     agent = QVPO(env.observation_space.shape[0], env.action_space.shape[0], args, device)
     if args.compile:
-        agent.critic_loss = torch.compile(agent.critic_loss)
-        agent.weighted_loss = torch.compile(agent.weighted_loss)
-        agent.actor_loss = torch.compile(agent.actor_loss)
+        losses = compiled(agent.critic_loss, agent.weighted_loss, agent.actor_loss)
+        agent.critic_loss, agent.weighted_loss, agent.actor_loss = losses
     run = Run(__file__, args, TASK_SETTINGS, agent, memory=experience)
     update = run.guarded(cuda_graphed(partial(agent.update, experience.data), device, args.cuda_graph))
     with run:  # Ctrl-C and SIGTERM save and stop it between two steps

@@ -55,22 +55,25 @@ def load_dataset(
     which are generated.
     """
     source, reference = dataset or task.name, reference_returns(task.name)
-    if is_minari_id(source):
-        from common.minari_data import minari_reference, read_minari
+    try:
+        if is_minari_id(source):
+            from common.minari_data import minari_reference, read_minari
 
-        fields, reference = read_minari(source), reference or minari_reference(source)
-    elif dataset is not None:
-        from common.own_data import read_own
+            fields, reference = read_minari(source), reference or minari_reference(source)
+        elif dataset is not None:
+            from common.own_data import read_own
 
-        fields = read_own(Path(dataset).expanduser(), task, *action_bounds)
-    elif task.kind == "d4rl":
-        fields = read_d4rl(d4rl_file(task), task)
-    elif task.kind == "bandit":
-        from common.bandits import sample_bandit
+            fields = read_own(Path(dataset).expanduser(), task, *action_bounds)
+        elif task.kind == "d4rl":
+            fields = read_d4rl(d4rl_file(task), task)
+        elif task.kind == "bandit":
+            from common.bandits import sample_bandit
 
-        fields = sample_bandit(task.name, seed)
-    else:
-        raise UserError(f"{task.name} has no transitions of its own: name a file or Minari id with --dataset")
+            fields = sample_bandit(task.name, seed)
+        else:
+            raise UserError(f"{task.name} has no transitions of its own: name a file or id with --dataset")
+    except OSError as error:  # HDF5's
+        raise UserError(f"cannot read the data of {source}: {error}") from error
     arrays = {name: np.asarray(values, np.float32) for name, values in fields.items()}
     name = task.name if dataset is None else f"{task.name} with the data of {dataset}"
     return Dataset(name, **arrays, reference_returns=reference)

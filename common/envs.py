@@ -107,15 +107,15 @@ def advice(task: Task, render_mode: str | None) -> str:
 
 
 def parse_kwargs(words: tuple[str, ...]) -> dict[str, Any]:
-    """Arguments of an environment, from key=value with JSON or text as value. UserError: one is not so."""
+    """Arguments of an environment, from JSON objects or key=value. UserError: a word is neither."""
     found: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"--env-kwargs {word} is not key=value")
         try:
-            found[key] = json.loads(value)
-        except ValueError:
+            found |= json.loads(word) if word.startswith("{") else {key: json.loads(value)}
+        except ValueError as error:
+            if word.startswith("{") or not equals:
+                raise UserError(f"--env-kwargs {word} is neither JSON nor key=value: {error}") from error
             found[key] = value  # text needs no quotes
     return found
 

@@ -42,22 +42,19 @@ def read_own(path: Path, task: Task, low: float, high: float) -> dict[str, np.nd
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
-    """The checked fields of an HDF5 file. UserError: it cannot be read, or a field is missing or unusable."""
+    """The checked fields of an HDF5 file. UserError: a field is missing or unusable."""
     if not path.is_file():  # to open a pipe would take forever
         advice = "--dataset takes an HDF5 file or a Minari id; in a resumed run it is the checkpoint's"
         raise UserError(f"there is no file {path} (seen from {os.getcwd()}); {advice}")
-    try:
-        with h5py.File(path) as file:
-            if missing := [name for name in FIELDS if name not in file]:
-                raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(file) or 'nothing'}")
-            known = [name for name in [*FIELDS, "timeouts", "next_observations"] if name in file]
-            for name in known:
-                check_stored(path, file[name], file)
-            if ignored := sorted(file.keys() - known):
-                print(f"{path}: ignored {', '.join(ignored)}")
-            return check_fields(path, {name: file[name][()] for name in known})
-    except OSError as error:  # HDF5's
-        raise UserError(f"cannot read {path} as an HDF5 file: {error}") from error
+    with h5py.File(path) as file:
+        if missing := [name for name in FIELDS if name not in file]:
+            raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(file) or 'nothing'}")
+        known = [name for name in [*FIELDS, "timeouts", "next_observations"] if name in file]
+        for name in known:
+            check_stored(path, file[name], file)
+        if ignored := sorted(file.keys() - known):
+            print(f"{path}: ignored {', '.join(ignored)}")
+        return check_fields(path, {name: file[name][()] for name in known})
 
 
 def check_stored(path: Path, values: h5py.Dataset | h5py.Group, file: h5py.File) -> None:
