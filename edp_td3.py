@@ -195,7 +195,7 @@ class SolverCall(NamedTuple):
     """One network call of the DPM-Solver, and the weights of the sum that leads on from there."""
 
     t: float  # timestep of the call, in 1..T; may lie between two
-    clip_t: int  # the whole timestep by whose alpha_bar the noise is clipped
+    clip_t: int  # the whole timestep whose alpha_bar the noise is clipped by
     x_weight: float  # of x where the step began, x_s
     eps_weight: float  # of the noise where the step began, eps_s
     change_weight: float  # of what the noise has changed by since then, eps - eps_s

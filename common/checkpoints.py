@@ -45,6 +45,7 @@ def restore(run, path: Path) -> None:
         if run.results[name] != new[name]:
             raise UserError(f"{path} is of {name} {run.results[name]}, not {new[name]}: start a new run")
     if run.step >= args.total_steps and not run.evaluation_due():
+        run.write_results()  # a crash may have kept them back
         raise UserError(f"{path} is finished, at step {run.step:,}; larger --total-steps add more")
     old = saved["args"] | {"resume": args.resume}
     changed = {name: value for name, value in asdict(args).items() if value != old[name]}
@@ -60,6 +61,7 @@ def restore(run, path: Path) -> None:
             optimizer.load_state_dict(saved["optimizers"][name] | {"param_groups": own})
         run.agent.set_step(run.step - 1)
         run.names, run.losses = saved["loss_names"], list(saved["losses"].to(run.agent.device))
+        run.drawn = saved["drawn"]
         torch.set_rng_state(saved["rng"])
         if run.agent.device.type == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"], run.agent.device)

@@ -91,7 +91,8 @@ def original_env(task: Task, options: dict) -> gymnasium.Env:
 
         env_id, own_options = minari_env_spec(task.name)
         options = own_options | {name: value for name, value in options.items() if value is not None}
-    limit = options["max_episode_steps"] or LONGEST_EPISODE
+    registered = getattr(gymnasium.registry.get(env_id), "max_episode_steps", None)
+    limit = options["max_episode_steps"] or registered or LONGEST_EPISODE
     return gymnasium.make(env_id, **options | {"max_episode_steps": limit})
 
 
@@ -122,8 +123,10 @@ def parse_kwargs(words: tuple[str, ...]) -> dict[str, Any]:
 
 def check_spaces(name: str, observations: Any, actions: Any) -> None:
     """UserError unless observations are numbers and actions are vectors of real numbers in bounds."""
-    boxes = list(observations.values()) if isinstance(observations, Dict) else [observations]
-    numbers = all(isinstance(box, Box) and 0 not in box.shape for box in boxes)
+    spaces, numbers = [observations], True
+    for space in spaces:  # which grows by what is in a Dict
+        spaces += space.values() if isinstance(space, Dict) else []
+        numbers &= isinstance(space, Dict) or (isinstance(space, Box) and 0 not in space.shape)
     vectors = isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded()
     if not (numbers and vectors and actions.dtype.kind == "f" and (actions.low < actions.high).all()):
         needed = "numbers (Box, or a Dict of them) and a bounded continuous vector (Box)"

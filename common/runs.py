@@ -125,6 +125,7 @@ class Run:
         self.step, self.in_update = first_step, False
         self.names: list[str] = []  # of the losses
         self.losses: list[Tensor] = []  # of each step since the last log, on the device
+        self.drawn: dict[str, tuple[int, float]] = {}  # the last step and value of each curve
         self.best: dict | None = None  # the policy of the best evaluation, until it is saved
         returns = dataset.episode_returns if dataset else np.empty(0)
         self.results: dict = {"script": Path(script).stem, "env_id": args.env_id, "seed": args.seed}
@@ -147,8 +148,9 @@ class Run:
         # What was drawn after the checkpoint is drawn again, and an evaluation that it does not have.
         owed = self.evaluation_due()
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 - owed)
-        if owed and self.reached(args.log_every):
-            self.add_to_curves("losses", self.results["losses"])
+        for curve, (step, value) in self.drawn.items():
+            if owed and step == self.step:
+                self.writer.add_scalar(curve, value, step)
         self.announce(sources_of(args, task_settings))
         self.started, self.seconds_before = time.time(), self.results["train_seconds"]
         counts = {"initial": self.step - first_step, "total": args.total_steps - first_step}
@@ -213,6 +215,7 @@ class Run:
         for name, value in values.items():
             if isinstance(value, float):
                 self.writer.add_scalar(f"{group}/{name}", value, self.step)
+                self.drawn[f"{group}/{name}"] = self.step, value
 
     def log_losses(self) -> None:
         """The mean losses since the last call, as losses/*. UserError: one is not finite."""
@@ -286,10 +289,15 @@ class Run:
             "memory": self.memory.save(self.folder) if self.memory else None,
             "loss_names": self.names,
             "losses": losses,
+            "drawn": self.drawn,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
         write_atomically(self.folder / name, state)
+        self.write_results()
+
+    def write_results(self) -> None:
+        """Write results.json, which people and tools read."""
         write_atomically(self.folder / "results.json", self.results)
 
     def __enter__(self) -> "Run":

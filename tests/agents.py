@@ -3,7 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.settings import settings_for
+from common.cli import settings_for
 
 TASK = "bandit-corners-v0"
 

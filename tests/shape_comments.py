@@ -27,8 +27,8 @@ SAMPLES += [1 + SIZES["num_advantage_samples"], SIZES["num_chosen"]]
 SAMPLES += [SIZES["num_chosen"] * (SIZES["num_entropy_samples"] + 1)]
 POSSIBLE = {name: {size} for name, size in SIZES.items()} | {
     "batch": {STORED, *(rows * samples for rows in (BATCH_SIZE, STATES) for samples in SAMPLES)},
-    "num_qs": {SIZES["num_qs"], 2},  # two where it is no argument
-    "num_members": {SIZES["num_qs"], 2},
+    "num_qs": {SIZES["num_qs"], 2, 1},  # two where it is no argument, one for a member of them
+    "num_members": {SIZES["num_qs"], 2, 1},
     "n": set(SAMPLES),
     "next_rows": {BATCH_SIZE, BATCH_SIZE * SIZES["num_q_samples"]},
     "noise_steps": {1, SIZES["T"]},

@@ -16,12 +16,13 @@ SECTIONS = ["Args", "Diffusion", "Critic", "Agent", "Evaluation", "Training"]
 # an update, and train, which names the agent and, online, collects the transitions. Nothing else may.
 MAY_DIFFER = {"Args", "TASK_SETTINGS", "MAZE", "ANTMAZE", "ADROIT", "KITCHEN", "Draws", "train"}
 SHARED_FIELDS = [  # name, type, default and comment are the same in every script
-    *("env_id", "dataset", "seed", "device", "num_threads", "matmul_precision", "compile", "cuda_graph"),
-    *("total_steps", "batch_size", "gamma", "tau", "eval_every", "eval_episodes", "log_every", "save_every"),
-    *("run_dir", "resume"),
+    *("env_id", "dataset", "action_bounds", "env_kwargs", "seed", "device", "num_threads"),
+    *("matmul_precision", "compile", "cuda_graph", "total_steps", "batch_size", "gamma", "tau", "eval_every"),
+    *("eval_episodes", "log_every", "save_every", "run_dir", "resume"),
 ]
 OTHER_DEFAULTS = {"total_steps", "eval_every", "save_every"}  # here only the default may differ
-ONLINE_DIFFERS = {"env_id", "dataset", "total_steps"}  # a Gymnasium id, no dataset, environment steps
+OF_DATA = {"dataset", "action_bounds"}  # which a script that learns online does not have
+ONLINE_DIFFERS = {"env_id", "total_steps"} | OF_DATA  # a Gymnasium id, environment steps
 
 
 def is_online(path):
@@ -84,23 +85,10 @@ def differences(first, second):
 
 def check_anatomy(path):
     """Messages on a script that lacks sections or shared arguments, or has them in another order."""
-    fields = [name for name in SHARED_FIELDS if not (is_online(path) and name == "dataset")]
+    fields = [name for name in SHARED_FIELDS if not (is_online(path) and name in OF_DATA)]
     messages = []
     if re.findall(r"^# === (.*) ===$", path.read_text(), re.MULTILINE) != SECTIONS:
         messages.append(f"{path.name} has other sections than {', '.join(SECTIONS)}")
     if list(named_statements(path, "Args"))[: len(fields)] != fields:
         messages.append(f"{path.name} has other first fields in Args than {', '.join(fields)}")
     return messages
-
-
-def loaded_with(path):
-    """A script and the files of common/ that are loaded when it is imported; what functions import is not."""
-    found = {path, ROOT / "common" / "__init__.py"}
-    for node in parsed(path).body:
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("common."):
-            found |= loaded_with(ROOT / f"{node.module.replace('.', '/')}.py")
-    return found
-
-
-def count_lines(paths):
-    return sum(len(path.read_text().splitlines()) for path in paths)

@@ -17,6 +17,20 @@ from conformance.files import Case, LeftOut
 
 HERE = Path(__file__).parent
 FOLDERS = [HERE / "golden", *map(Path, filter(None, [os.environ.get("GOLDEN_DIR")]))]
+# What no script has, with these files: known, and not worth a warning at each run.
+KNOWN = {
+    "sampler ddpm_sampler temperature 0.5",
+    "sampler ddpm_sampler without clip",
+    "sampler ddim_sampler ddim_step=5",
+    "sampler ddpm_sampler_with_q_guidance, scale 1/(eta+1e-6)",
+    "schedules linear, cosine",
+    "DPM-Solver that stops at 0.001 of 100 steps",
+    "ddim sampler",
+    "targets of denoiser, policy and V",
+    "deterministic evaluation in sample_action_deterministic",
+    "weights ['qrelu', 'qexpn', 'qcut0n', 'qcut1n']",
+    "running mean and deviation of Q, after each update",
+}
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.json"))
 
 
@@ -47,11 +61,10 @@ def test_conformance(path, double, check):
         case.left_out(option)
     finally:
         torch.set_default_dtype(before)
-    left_out = ", ".join(case.skipped)
     if not case.compared:
-        pytest.skip(f"left out: {left_out}" if left_out else "the file has no numbers for this check")
-    if left_out:
-        warnings.warn(f"{path.stem}: sections not compared, left out: {left_out}", stacklevel=1)
+        pytest.skip(f"left out: {case.skipped}" if case.skipped else "the file has no numbers for this check")
+    if left_out := [each for each in case.skipped if each not in KNOWN]:
+        warnings.warn(f"{path.stem}: sections not compared, left out: {', '.join(left_out)}", stacklevel=1)
 
 
 def test_there_are_cases():

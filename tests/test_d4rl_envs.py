@@ -1,17 +1,14 @@
 """D4RL's AntMaze, Adroit and Kitchen, rebuilt: observations, rewards, horizons, starts, ends."""
 
-import os
-from importlib import metadata
+from types import SimpleNamespace
 
 import gymnasium
-import h5py
-import mujoco
 import numpy as np
 import pytest
 
+from common import envs
 from common.d4rl_envs import HAND_TO_OBJECT, make_d4rl_env
-from common.envs import make_env
-from common.tasks import D4RL_TASKS, UserError
+from common.tasks import D4RL_TASKS, find_task
 
 ADROIT = ["pen-human-v1", "door-human-v1", "hammer-human-v1", "relocate-human-v1"]
 D4RL_MAZES = {  # of d4rl/locomotion/maze_env.py: # wall, S start, G goal
@@ -38,6 +35,10 @@ D4RL_MAZES = {  # of d4rl/locomotion/maze_env.py: # wall, S start, G goal
         "############",
     ],
 }
+
+
+def make_env(name):
+    return envs.make_env(find_task(name), SimpleNamespace(env_kwargs=()))
 
 
 def random_steps(env, count, seed=0):
@@ -67,7 +68,7 @@ def random_steps(env, count, seed=0):
     ],
 )
 def test_sizes_seeds_and_horizon(task, obs_dim, action_dim):
-    env = make_env(task, obs_dim, action_dim)
+    env = make_env(task)
     first, _ = env.reset(seed=3)
     assert first.shape == env.observation_space.shape == (obs_dim,) and first.dtype == np.float64
     assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
@@ -93,7 +94,7 @@ def test_episodes_are_cut_at_the_horizon(task):
 @pytest.mark.parametrize("size", ["umaze", "medium", "large"])
 def test_antmaze_has_walls_start_and_goal_where_d4rl_has_them(size):
     """Cell (row, column) of D4RL's map is centred at 4 (column - 1), 4 (row - 1), in its frame."""
-    env = make_d4rl_env(f"antmaze-{size}", horizon=1000)
+    env = make_d4rl_env(f"antmaze-{size}", max_episode_steps=1000)
     model, origin = env.maze.ant_env.model, env.origin
     blocks = [i for i in range(model.ngeom) if model.geom(i).name.startswith("block")]
     walls = {tuple(np.round(model.geom_pos[i, :2] - origin, 9)) for i in blocks}
@@ -115,7 +116,7 @@ def test_antmaze_has_walls_start_and_goal_where_d4rl_has_them(size):
 
 def test_antmaze_observes_a_state_of_the_data_as_it_was_recorded():
     """qpos (15), beginning with x and y in D4RL's frame, and qvel (14)."""
-    env = make_d4rl_env("antmaze-umaze-v2", 700)
+    env = make_d4rl_env("antmaze-umaze-v2", max_episode_steps=700)
     env.reset(seed=0)
     joints, velocities = np.linspace(-0.5, 1, 8), np.linspace(-2, 3, 14)
     recorded = np.array([8.3, 0.7, 0.6, 0.9, 0.1, -0.2, 0.37, *joints, *velocities])
@@ -132,7 +133,7 @@ def place_ant(env, obs):
 
 
 def test_antmaze_rewards_and_ends_within_half_a_metre_of_the_goal():
-    env = make_d4rl_env("antmaze-large-play-v2", 1000)
+    env = make_d4rl_env("antmaze-large-play-v2", max_episode_steps=1000)
     start, _ = env.reset(seed=0)
     for distance in (0.4, 0.48, 0.55, 1.0):
         obs = start.copy()
@@ -146,7 +147,7 @@ def test_antmaze_rewards_and_ends_within_half_a_metre_of_the_goal():
 
 def test_antmaze_has_the_ant_of_d4rl():
     """d4rl/locomotion/assets/ant.xml: steps of 0.02 s, five a step, torques up to 30, solimp .8 .8 .01."""
-    env = make_d4rl_env("antmaze-umaze-v2", 700)
+    env = make_d4rl_env("antmaze-umaze-v2", max_episode_steps=700)
     env.reset(seed=0)
     ant = env.maze.ant_env
     env.step(np.full(8, 0.5))
@@ -158,7 +159,7 @@ def test_antmaze_has_the_ant_of_d4rl():
 
 def test_the_ant_is_stopped_by_the_walls():
     """From the start, pushed left for a second, it stays in the first column (wall's face at x = -2)."""
-    env = make_d4rl_env("antmaze-umaze-v2", 700)
+    env = make_d4rl_env("antmaze-umaze-v2", max_episode_steps=700)
     obs, _ = env.reset(seed=0)
     for _ in range(30):
         obs[15:17] = -5, 0
@@ -241,56 +242,6 @@ def test_the_pen_ends_when_it_drops():
     pytest.fail("no pen was dropped in five episodes")
 
 
-def test_adroit_version_2_is_taken_as_it_is(monkeypatch):
-    """A later gymnasium-robotics has version 2, with D4RL's sign, which is not to be corrected."""
-    corrected = make_env("door-human-v1")
-    spec = gymnasium.spec("AdroitHandDoor-v1")
-    monkeypatch.setitem(gymnasium.registry, "AdroitHandDoor-v2", spec)
-    plain = make_env("door-human-v1")
-    rewards = []
-    for env in (corrected, plain):
-        env.reset(seed=0)
-        rewards.append(env.step(np.zeros(28)))
-    np.testing.assert_array_equal(rewards[0][0], rewards[1][0])
-    hand_to_object = np.linalg.norm(rewards[0][0][35:38])
-    assert rewards[1][1] - rewards[0][1] == pytest.approx(0.2 * hand_to_object) and hand_to_object > 0.01
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("DOOR_DEMONSTRATIONS" not in os.environ, reason="needs the file of the 25 demonstrations")
-def test_replayed_door_demonstrations_return_what_was_recorded():
-    """DOOR_DEMONSTRATIONS is door-human-v1 as an HDF5 file. Contacts are chaotic: a few of the 25 diverge."""
-    with h5py.File(os.environ["DOOR_DEMONSTRATIONS"]) as file:
-        names = ("observations", "actions", "rewards", "timeouts")
-        observations, actions, rewards, timeouts = (file[name][()].astype(np.float64) for name in names)
-    ends = np.flatnonzero(timeouts) + 1
-    env = make_env("door-human-v1")
-    recorded, replayed = [], []
-    for start, end in zip([0, *ends[:-1]], ends, strict=True):
-        env.reset(seed=0)
-        place_door(env.unwrapped, observations[start])
-        replayed.append(sum(env.step(action)[1] for action in actions[start:end]))
-        recorded.append(rewards[start:end].sum())
-    print(f"mean return recorded {np.mean(recorded):.1f}, replayed {np.mean(replayed):.1f}")
-    assert np.mean(replayed) == pytest.approx(np.mean(recorded), rel=0.03)
-    assert np.median(np.abs(np.subtract(replayed, recorded))) < 5
-
-
-def place_door(inner, obs):
-    """Hand, door and handle as an observation has them, at rest; the arm, qpos 0, follows from the palm."""
-    qpos = np.concatenate([[0], obs[:27], obs[28:29], obs[27:28]])
-    frame = inner.model.body_pos[inner.door_body_id].copy()
-    inner.set_env_state({"qpos": qpos, "qvel": np.zeros(30), "door_body_pos": frame})
-    here = inner._get_obs()
-    frame += obs[32:35] - here[32:35]
-    away = np.linalg.norm(obs[29:32] - here[29:32])
-    for qpos[0] in (away, -away):
-        inner.set_env_state({"qpos": qpos, "qvel": np.zeros(30), "door_body_pos": frame})
-        if np.abs(inner._get_obs() - obs).max() < 1e-3:
-            return
-    pytest.fail("no state has the recorded observation")
-
-
 # --- Kitchen ---
 
 
@@ -339,40 +290,3 @@ def test_kitchen_rewards_each_subtask_once_and_ends_after_four():
         assert not truncated
     assert rewards == [1, 0, 0, 1, 1, 1]  # the bottom burner is not among the four
     assert ends == [False] * 5 + [True]
-
-
-def test_kitchens_share_the_model_but_not_the_state():
-    first, second = make_env("kitchen-partial-v0"), make_env("kitchen-mixed-v0")
-    assert first.unwrapped.model is second.unwrapped.model
-    first.reset(seed=0), second.reset(seed=0)
-    before = second.unwrapped.data.qpos.copy()
-    first.step(np.ones(9))
-    np.testing.assert_array_equal(second.unwrapped.data.qpos, before)
-    assert np.abs(first.unwrapped.data.qpos - before).max() > 0.01
-    door = make_env("door-human-v1"), make_env("door-human-v1")
-    assert door[0].unwrapped.model is not door[1].unwrapped.model  # their resets change it
-
-
-# --- what is missing ---
-
-
-def test_gymnasium_robotics_is_missing_or_too_old(monkeypatch):
-    def version(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", version)
-    install = "pip install gymnasium-robotics==1.4.2\n--eval-episodes 0 trains without evaluation"
-    with pytest.raises(UserError, match=f"pen-human-v1: it needs the package gymnasium-robotics: {install}"):
-        make_env("pen-human-v1")
-    monkeypatch.setattr(metadata, "version", lambda name: "1.3.1")
-    with pytest.raises(UserError, match=f"needs gymnasium-robotics 1.4.2 or newer, found 1.3.1: {install}"):
-        make_env("antmaze-umaze-v0")
-    make_env("hopper-medium-v2")  # does not need it
-
-
-def test_mujoco_is_too_new_for_the_kitchen(monkeypatch):
-    monkeypatch.setattr(mujoco, "__version__", "3.12.0")
-    message = "it needs mujoco 3.11 or older, found 3.12.0: pip install mujoco==3.11.0"
-    with pytest.raises(UserError, match=message):
-        make_env("kitchen-mixed-v0")
-    make_env("pen-human-v1")

@@ -1,12 +1,9 @@
-"""What a task name turns into: D4RL's, Minari's and the bandits' transitions, and rewards to train on."""
+"""What a name turns into: D4RL's, a user's, Minari's and the bandits' transitions; rewards to train on."""
 
-import fcntl
 import json
-import math
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import gymnasium
@@ -14,16 +11,27 @@ import h5py
 import numpy as np
 import pytest
 from recordings import Reach, flags, record, write
-from runs import ROOT
 
-from common import bandits, tasks
 from common.bandits import BANDITS, RADIAL, bandit_mode, bandit_reward
-from common.datasets import Dataset, RewardRule, load_dataset, task_reference, tune_rewards
-from common.envs import make_env
-from common.tasks import BANDIT_TASKS, D4RL_TASKS, UserError, is_minari_id, table_names, user_path
+from common.cli import UserError
+from common.datasets import Dataset, RewardRule, load_dataset, tune_rewards
+from common.envs import make_envs
+from common.tasks import BANDIT_TASKS, D4RL_TASKS, find_task
 
 HOPPER = "hopper-medium-v2"
 minari_test = pytest.mark.filterwarnings("ignore::UserWarning")  # what Minari misses in its metadata
+
+
+def own(path, task=HOPPER, **options):
+    """A user's file as the data of a task."""
+    return load_dataset(find_task(task), str(path), **options)
+
+
+def make_env(data_or_name, dataset=None, env_kwargs=()):
+    """The environment that a policy of these data is scored in."""
+    task = find_task(data_or_name)
+    args = SimpleNamespace(env_kwargs=env_kwargs, dataset=dataset, action_bounds=(-1, 1))
+    return make_envs(task, 1, args, load_dataset(task, dataset))[0]
 
 
 def emitted(data):
@@ -51,6 +59,20 @@ def slow_transitions(terminals, timeouts, horizon):
 # --- D4RL's transitions ---
 
 
+@pytest.fixture
+def of_d4rl(tmp_path, monkeypatch):
+    """A function: D4RL's name, with a file of these fields and this horizon as D4RL's."""
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+
+    def load(horizon=1000, **fields):
+        info = {"file": "hopper.hdf5", "horizon": horizon, "bytes": None, "sha256": None}
+        monkeypatch.setitem(D4RL_TASKS, HOPPER, info)
+        write(tmp_path / "hopper.hdf5", **fields)
+        return load_dataset(find_task(HOPPER))
+
+    return load
+
+
 @pytest.mark.parametrize(
     ("terminals", "timeouts", "horizon", "expected"),
     [
@@ -63,14 +85,12 @@ def slow_transitions(terminals, timeouts, horizon):
         (flags(4, 5, 6), flags(7), 1000, "0>1 1>2 2>3 3>4 4>5* 5>6* 6>7* 8>9"),  # an ant inside the goal
     ],
 )
-def test_worked_examples(terminals, timeouts, horizon, expected, tmp_path, monkeypatch):
-    monkeypatch.setitem(D4RL_TASKS[HOPPER], "horizon", horizon)
-    path = write(tmp_path / "data.hdf5", terminals=terminals, timeouts=timeouts)
-    assert emitted(load_dataset(HOPPER, path)) == expected
+def test_worked_examples(terminals, timeouts, horizon, expected, of_d4rl):
+    assert emitted(of_d4rl(horizon, terminals=terminals, timeouts=timeouts)) == expected
 
 
 @pytest.mark.parametrize("has_timeouts", [True, False])
-def test_random_files_against_the_loop_over_rows(has_timeouts, tmp_path, monkeypatch):
+def test_random_files_against_the_loop_over_rows(has_timeouts, of_d4rl):
     random = np.random.default_rng(0)
     for _ in range(60):
         length, horizon = random.integers(2, 60), random.integers(2, 12)
@@ -82,13 +102,9 @@ def test_random_files_against_the_loop_over_rows(has_timeouts, tmp_path, monkeyp
             "actions": random.uniform(-1, 1, (length, 3)),
             "rewards": random.normal(size=length),
         }
-        path = write(tmp_path / "data.hdf5", **fields, terminals=terminals, timeouts=timeouts)
-        monkeypatch.setitem(D4RL_TASKS[HOPPER], "horizon", horizon)
         if not expected:
-            with pytest.raises(UserError, match="no transition"):
-                load_dataset(HOPPER, path)
             continue
-        data = load_dataset(HOPPER, path)
+        data = of_d4rl(horizon, **fields, terminals=terminals, timeouts=timeouts)
         rows = [row for row, _ in expected]
         np.testing.assert_array_equal(data.observations[:, 0], rows)
         np.testing.assert_array_equal(data.next_observations[:, 0], np.array(rows) + 1)
@@ -100,83 +116,137 @@ def test_random_files_against_the_loop_over_rows(has_timeouts, tmp_path, monkeyp
         np.testing.assert_array_equal(data.episode_ends, ~np.array(goes_on))
 
 
-def test_fields_of_the_dataset(tmp_path):
-    path = write(tmp_path / "data.hdf5", terminals=flags(3), timeouts=flags(7))
-    data = load_dataset(HOPPER, path)
-    assert data.task == f"hopper-medium-v2 with the data of {path}"
-    assert data.reference_returns == (-20.272305, 3234.3)
+def test_fields_of_the_dataset(of_d4rl):
+    data = of_d4rl(terminals=flags(3), timeouts=flags(7), next_observations=np.full((10, 11), np.nan))
+    assert (data.name, data.reference_returns) == (HOPPER, (-20.272305, 3234.3))
     np.testing.assert_array_equal(data.episode_ends, [0, 0, 0, 1, 0, 0, 1, 1])
-    # Timeout rows count, the unfinished rows 8 and 9 do not.
+    # Timeout rows count, the unfinished rows 8 and 9 do not; gym's own next observations are not D4RL's.
     np.testing.assert_array_equal(data.episode_returns, [0 + 1 + 2 + 3, 4 + 5 + 6 + 7])
     assert data.observations.shape == data.next_observations.shape == (8, 11)
     arrays = [value for value in vars(data).values() if isinstance(value, np.ndarray)]
     assert [array.dtype for array in arrays] == [np.float32] * 7
     assert all(array.flags.c_contiguous for array in arrays)
-    with pytest.raises(AttributeError):
-        data.task = "another"
 
 
-def test_double_precision_columns_and_float_flags(tmp_path):
-    """medium-replay and full-replay are stored in float64; some files have (N, 1) rewards and terminals."""
-    plain = load_dataset(HOPPER, write(tmp_path / "plain.hdf5", terminals=flags(3), timeouts=flags(7)))
-    odd = {
-        "observations": np.repeat(np.arange(10.0)[:, None], 11, axis=1),
-        "rewards": np.arange(10.0)[:, None],
-        "terminals": flags(3)[:, None].astype(np.float64),
-        "timeouts": flags(7).astype(np.uint8),
-    }
-    data = load_dataset(HOPPER, write(tmp_path / "odd.hdf5", **odd))
-    for name, values in vars(plain).items():
-        if isinstance(values, np.ndarray):
-            np.testing.assert_array_equal(getattr(data, name), values)
-            assert getattr(data, name).dtype == np.float32
+# --- A user's file ---
+TWENTY = {
+    "observations": np.arange(40.0).reshape(20, 2),
+    "actions": np.zeros((20, 1)),
+    "rewards": flags(9, 19, length=20),
+}
+ENDS, NONE = flags(9, 19, length=20), flags(length=20)
 
 
-def test_what_is_not_needed_is_not_read(tmp_path):
-    """Kitchen's `infos` is a vector of labels, gym's a group; gym's own next observations are not D4RL's."""
-    labels = np.array([b"microwave", b"kettle"] * 5)
-    path = write(tmp_path / "data.hdf5", infos=labels, next_observations=np.full((10, 11), np.nan))
-    assert len(load_dataset("kitchen-mixed-v0", path).rewards) == 9
-    with h5py.File(path, "a") as file:
-        file["metadata/policy/weight"] = np.full(3, np.nan)
-    assert len(load_dataset("kitchen-mixed-v0", path).rewards) == 9
+@pytest.mark.parametrize(
+    ("terminals", "timeouts", "rows", "rewards"),
+    [(ENDS, ENDS, 20, 2), (NONE, ENDS, 18, 0), (ENDS, NONE, 20, 2), (ENDS, None, 20, 2)],
+    ids=["both", "timeouts", "terminals", "no timeouts"],
+)
+def test_what_ends_an_episode_counts(terminals, timeouts, rows, rewards, tmp_path, capsys):
+    """Two episodes, each with its reward in the last row. What cannot be used is counted with its rewards."""
+    path = write(tmp_path / "data.hdf5", **TWENTY, terminals=terminals, timeouts=timeouts)
+    data, said = own(path, "Pendulum-v1" if timeouts is not None else HOPPER), capsys.readouterr().out
+    assert (len(data.rewards), data.rewards.sum(), data.terminals.sum()) == (rows, rewards, rewards)
+    assert data.episode_returns.tolist() == [1, 1]
+    lost = "2 rows without one are dropped, with rewards of 2 in all"
+    assert (lost in said) == (rows == 18) and ("dropped" in said) == (rows == 18)
+    assert ("has no timeouts: an episode ends where it is terminal" in said) == (timeouts is None)
 
 
-def test_actions_outside_are_clipped_and_counted(tmp_path, capsys):
-    actions = np.zeros((10, 3), np.float32)
-    actions[2] = 1.5, -2, 1
-    data = load_dataset(HOPPER, write(tmp_path / "data.hdf5", actions=actions))
-    np.testing.assert_array_equal(data.actions[2], [1, -1, 1])
-    assert capsys.readouterr().out.endswith("clipped 2 of 27 action values to [-1, 1]\n")
-    load_dataset(HOPPER, write(tmp_path / "data.hdf5"))
-    assert capsys.readouterr().out == ""
+def test_the_file_decides_and_not_the_task(of_d4rl, tmp_path):
+    """The same fields under D4RL's name follow D4RL, which drops the last row of each episode."""
+    fields = {"terminals": flags(4, 9), "timeouts": flags(4, 9), "rewards": flags(4, 9)}
+    assert of_d4rl(**fields).rewards.sum() == 0
+    assert own(write(tmp_path / "data.hdf5", **fields)).rewards.sum() == 2
 
 
-@pytest.mark.parametrize("task, dropped", [("Hopper-v4", 2), ("hopper-mini-v0", 2), ("bandit-moons-v0", 1)])
-def test_horizon_of_other_tasks(task, dropped, tmp_path):
-    """1,500 rows without timeouts are cut where the task's own environment ends; a bandit has no limit."""
+def test_the_files_own_next_observations(tmp_path, capsys):
+    """Rows in any order: each is a transition."""
+    order = np.random.default_rng(0).permutation(20)
+    shuffled = TWENTY | {"observations": TWENTY["observations"][order]}
+    nexts = shuffled["observations"] + 2
+    data = own(
+        write(tmp_path / "data.hdf5", **shuffled, next_observations=nexts, terminals=NONE, timeouts=NONE)
+    )
+    assert len(data.rewards) == 20
+    np.testing.assert_array_equal(data.next_observations, data.observations + 2)
+    assert "next observations are the file's own" in capsys.readouterr().out
+
+
+def test_one_step_episodes(tmp_path):
+    data = own(write(tmp_path / "data.hdf5", terminals=flags(*range(10))))
+    assert (len(data.rewards), data.terminals.sum(), data.episode_ends.sum()) == (10, 10, 10)
+    np.testing.assert_array_equal(data.episode_returns, np.arange(10))
+
+
+def test_horizon_of_a_file_without_timeouts(tmp_path, capsys):
+    """Episodes are cut where the task's own environment ends; the screen says so."""
     fields = {"observations": np.zeros((1500, 11)), "actions": np.zeros((1500, 3)), "timeouts": None}
     path = write(tmp_path / "data.hdf5", **fields, rewards=np.ones(1500), terminals=np.zeros(1500))
-    assert len(load_dataset(task, path).rewards) == 1500 - dropped
+    assert len(own(path, "Hopper-v4").rewards) == 1500 - 2
+    assert "or after 1,000 steps as in Hopper-v4" in capsys.readouterr().out
 
 
-def test_without_an_environment_a_file_needs_timeouts(tmp_path):
-    load_dataset("Hopper-v2", write(tmp_path / "whole.hdf5"))
-    with pytest.raises(UserError, match="environment of Hopper-v2: .*\nwithout it the file needs timeouts"):
-        load_dataset("Hopper-v2", write(tmp_path / "data.hdf5", timeouts=None))
+@pytest.mark.parametrize("kind", ["f2", "f8", ">f4", "gzip", "lzf", "column"])
+def test_other_ways_to_store_the_same(kind, tmp_path):
+    """Other precision and byte order, compressed, (N, 1) columns; in a folder with a space and an umlaut."""
+    folder = tmp_path / "meine Läufe"
+    folder.mkdir()
+    observations = np.repeat(np.arange(10, dtype=np.float32)[:, None], 11, axis=1)
+    plain = own(write(tmp_path / "plain.hdf5", observations=observations, terminals=flags(3)))
+    changes = {"observations": None if kind in ("gzip", "lzf", "column") else observations.astype(kind)}
+    if kind == "column":
+        changes = {"rewards": np.arange(10.0)[:, None], "terminals": flags(3)[:, None].astype(float)}
+    path = write(folder / "Daten.hdf5", **{"terminals": flags(3)} | changes)
+    if kind in ("gzip", "lzf"):
+        with h5py.File(path, "a") as file:
+            file.create_dataset("observations", data=observations, compression=kind)
+    for name, values in vars(own(path)).items():
+        if isinstance(values, np.ndarray):
+            np.testing.assert_array_equal(values, getattr(plain, name))
+            assert values.dtype == np.float32
 
 
-def test_bundled_task():
-    data = load_dataset("hopper-mini-v0")
-    assert data.observations.shape[1] == 11 and data.actions.shape[1] == 3
-    assert len(data.rewards) > 1000 and len(data.episode_returns) > 10
-    assert data.reference_returns == (-20.272305, 3234.3)
-    assert data.make_env().spec.id == "Hopper-v4"
-    assert (tasks.DATA / "hopper-mini-v0.hdf5").stat().st_size <= 2.5e6
+# --- Units of actions ---
+def pendulum_file(path, actions, **changes):
+    return write(path, observations=np.zeros((10, 3)), actions=actions, **changes)
 
 
-# --- Bad files ---
+def test_units_are_said_and_can_be_given(tmp_path, capsys):
+    """Torques of 0.9 in Pendulum, which takes -2 to 2: as actions of the policy they would be 1.8 there."""
+    path = pendulum_file(tmp_path / "data.hdf5", np.full((10, 1), 0.9))
+    make_env("Pendulum-v1", path)
+    said = capsys.readouterr().out
+    assert "Pendulum-v1 takes actions from -2 to 2" in said and "-1 to 1 (--action-bounds)" in said
+    np.testing.assert_allclose(own(path, "Pendulum-v1", action_bounds=(-2, 2)).actions, 0.45)
+    make_env("hopper-mini-v0", write(tmp_path / "hopper.hdf5"))
+    assert "takes actions" not in capsys.readouterr().out
 
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        (np.linspace(0, 100, 10)[:, None], r"values outside their bounds -1 and 1; see --action-bounds"),
+        (np.arange(10)[:, None] % 4, "actions are int64; discrete actions cannot be learned here"),
+        (np.arange(10)[:, None] % 2 > 0, "actions are bool; discrete actions cannot be learned here"),
+    ],
+    ids=["0 to 100", "integers", "flags"],
+)
+def test_actions_in_other_units_are_refused(actions, message, tmp_path):
+    path = pendulum_file(tmp_path / "data.hdf5", actions)
+    with pytest.raises(UserError, match=f"{path}: .*{message}"):
+        own(path, "Pendulum-v1")
+
+
+def test_a_trace_outside_is_clipped_and_counted(tmp_path, capsys):
+    actions = np.full((10, 1), 1 + 1e-6)
+    assert own(pendulum_file(tmp_path / "data.hdf5", actions), "Pendulum-v1").actions.max() == 1
+    assert "action values to [-1, 1]" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the first must be the lower one"):
+        own(tmp_path / "data.hdf5", "Pendulum-v1", action_bounds=(1, -1))
+
+
+# --- Files that cannot be used ---
 NAN_ROW = np.zeros((10, 11), np.float32)
 NAN_ROW[4, 2] = np.nan
 
@@ -185,40 +255,23 @@ NAN_ROW[4, 2] = np.nan
     ("changes", "message"),
     [
         ({"rewards": None}, "lacks rewards; it has actions, observations, terminals, timeouts"),
-        ({"observations": None, "actions": None}, "lacks observations, actions"),
-        ({"timeouts": None, "truncations": flags(4)}, "has truncations; .* called timeouts"),
-        ({"observations": NAN_ROW}, "observations has NaN or infinity in 1 rows, first 4"),
-        ({"rewards": np.where(flags(6, 8), np.inf, 0)}, "rewards has NaN or infinity in 2 rows, first 6"),
-        ({"actions": np.full((10, 3), 1e300)}, "actions has NaN or infinity in 10 rows, first 0"),
+        ({"observations": NAN_ROW}, "observations has 1 NaN or infinity, first in row 4"),
+        ({"rewards": np.where(flags(6, 8), np.inf, 0)}, "rewards has 2 NaN or infinity, first in row 6"),
+        ({"rewards": np.full(10, 1e300)}, "rewards has 10 NaN or infinity, first in row 0"),
         ({"observations": np.zeros(10)}, r"observations is float64\(10,\), .* shaped \(10, size\)"),
         ({"rewards": np.zeros((10, 2))}, r"rewards is float64\(10, 2\), not numbers shaped \(10,\)"),
         ({"rewards": np.zeros(9)}, r"rewards is float64\(9,\), not numbers shaped \(10,\)"),
-        ({"observations": 1.0}, r"observations is float64\(\)"),
         ({"observations": np.zeros((10, 0))}, r"observations is float64\(10, 0\)"),
-        ({"observations": np.zeros((0, 11))}, r"observations is float64\(0, 11\)"),
         ({"rewards": np.array([b"one"] * 10)}, "rewards is .*not numbers"),
-        ({"rewards": b"one"}, "rewards is .*not numbers"),
-        ({"rewards": h5py.Empty("f")}, "rewards is .*not numbers"),
-        ({"observations": np.zeros((10, 11), complex)}, r"observations is complex128\(10, 11\)"),
-        ({"observations": h5py.SoftLink("/nothing")}, "lacks observations"),
-        ({"observations": h5py.SoftLink("/observations")}, "too many links"),
         ({"terminals": np.full(10, 0.5)}, "terminals has 0.5 to 0.5; it must be 0 or 1"),
-        ({"timeouts": np.arange(10)}, "timeouts has 0 to 9; it must be 0 or 1"),
         ({"timeouts": np.ones(10, bool)}, "no transition: 10 rows, 10 of them timeouts"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:overflow")
 def test_bad_fields(changes, message, tmp_path):
     path = write(tmp_path / "data.hdf5", **changes)
-    with pytest.raises(UserError, match=f"^(cannot read )?{path}.*{message}"):
-        load_dataset(HOPPER, path)
-
-
-@pytest.mark.parametrize("timeouts", [np.zeros(1, bool), None])
-def test_a_single_row_is_no_transition(timeouts, tmp_path):
-    fields = {name: np.zeros((1, size)) for name, size in [("observations", 11), ("actions", 3)]}
-    fields |= {"rewards": np.zeros(1), "terminals": np.zeros(1, bool), "timeouts": timeouts}
-    with pytest.raises(UserError, match="has no transition: 1 rows"):
-        load_dataset(HOPPER, write(tmp_path / "data.hdf5", **fields))
+    with pytest.raises(UserError, match=f"^{path}.*{message}"):
+        own(path)
 
 
 def add_virtual(file):
@@ -244,60 +297,26 @@ def add_half(file):
     file.create_dataset("observations", (10, 11), np.float32, chunks=(5, 11), compression="gzip")[:5] = 1
 
 
-@pytest.mark.parametrize(
-    "add",
-    [
-        add_virtual,
-        add_external,
-        add_link,
-        add_half,
-        lambda file: file.create_dataset("observations", (10, 11), np.float32),
-        lambda file: file.create_dataset("observations", (10**12, 11), np.float32, chunks=(10**6, 11)),
-    ],
-    ids=["virtual", "external", "link", "half", "never", "huge"],
-)
+@pytest.mark.parametrize("add", [add_virtual, add_external, add_link, add_half])
 def test_rows_that_were_never_written(add, tmp_path):
-    """HDF5 reads them as zeros, without a word."""
+    """HDF5 reads them as zeros, without a word, or from any file that they name."""
     path = write(tmp_path / "data.hdf5", observations=None)
     with h5py.File(path, "a") as file:
         add(file)
-    with pytest.raises(UserError, match=f"^{path}: observations has rows that were never written"):
-        load_dataset(HOPPER, path)
+    with pytest.raises(UserError, match=f"^{path}: .*observations has rows that were never written"):
+        own(path)
 
 
-def test_files_that_are_not_hdf5_or_are_damaged(tmp_path):
-    """None of them is called damaged, and nobody is told to replace it: a locked file may be good data."""
-    path = tmp_path / "data.hdf5"
-    values = np.random.default_rng(0).normal(size=(1000, 11))
-    with h5py.File(write(path, observations=None), "a") as file:
-        stored = file.create_dataset("observations", data=values, compression="gzip", fletcher32=True)
-        offset = stored.id.get_chunk_info(0).byte_offset
-    whole = path.read_bytes()
-    wrong_block = whole[: offset + 50] + bytes(100) + whole[offset + 150 :]
-    for content in (b"", b"not hdf5", whole[: len(whole) // 2], wrong_block):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=f"^cannot read {path} as an HDF5 file: ") as error:
-            load_dataset(HOPPER, str(path))
-        assert "replace" not in str(error.value) and "delete" not in str(error.value)
-
-
-def test_a_file_that_another_process_is_writing(tmp_path, monkeypatch):
-    monkeypatch.setenv("HDF5_USE_FILE_LOCKING", "TRUE")
-    path = write(tmp_path / "data.hdf5")
-    with open(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="unable to lock file"):
-            load_dataset(HOPPER, path)
-    assert len(load_dataset(HOPPER, path).rewards) == 9
-
-
-@pytest.mark.parametrize("name", ["none.hdf5", "folder", "pipe", "", "~nosuchuser/data.hdf5", "x" * 300])
+@pytest.mark.parametrize("name", ["none.hdf5", "folder", ""])
 def test_paths_without_a_file(name, tmp_path, monkeypatch):
+    """In a resumed run a relative path is the checkpoint's, and seen from another folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="there is no file|home folder is not known"):
-        load_dataset(HOPPER, name)
+    message = (
+        rf"there is no file {re.escape(name or '.')} \(seen from {tmp_path}\); .*in a resumed run it is the"
+    )
+    with pytest.raises(UserError, match=message):
+        own(name)
 
 
 # --- Names ---
@@ -316,72 +335,9 @@ def test_paths_without_a_file(name, tmp_path, monkeypatch):
         ("", "none"),
     ],
 )
-def test_unknown_tasks(task, nearest, tmp_path):
-    for call in (load_dataset, make_env, lambda name: load_dataset(name, write(tmp_path / "data.hdf5"))):
-        with pytest.raises(UserError, match=f"unknown task '{task}'[^$]*{nearest}"):
-            call(task)
-
-
-def test_an_environment_has_no_transitions_of_its_own(tmp_path):
-    with pytest.raises(UserError, match="Hopper-v4 has no transitions.*--dataset"):
-        load_dataset("Hopper-v4")
-    env = load_dataset("Hopper-v4", write(tmp_path / "data.hdf5")).make_env()
-    assert env.observation_space.shape == (11,)
-
-
-MINARI_IDS = ("mujoco/hopper/medium-v0", "D4RL/door/human-v2", "local/mine-v0", "a/b/d_e-v12")
-NOT_MINARI_IDS = ["data/x.hdf5", "/x-v0", "../x-v0", "a/x", "~/x-v0", "Hopper-v4", "phys2d/Pendulum-v0"]
-
-
-@pytest.mark.parametrize("name", MINARI_IDS)
-def test_minari_ids(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert is_minari_id(name)
-    Path(name).parent.mkdir(parents=True)
-    Path(name).touch()
-    assert not is_minari_id(name)  # it is a file
-
-
-@pytest.mark.parametrize("name", [HOPPER, *NOT_MINARI_IDS])
-def test_not_minari_ids(name):
-    assert not is_minari_id(name)
-
-
-@pytest.mark.parametrize(
-    ("task", "names"),
-    [
-        ("hopper-medium-v2", ["hopper-medium-v2"]),
-        ("antmaze-umaze-v2", ["antmaze-umaze-v2", "antmaze-umaze-v0", "antmaze"]),
-        ("D4RL/antmaze/umaze-v1", ["D4RL/antmaze/umaze-v1", "antmaze-umaze-v0", "antmaze"]),
-        ("AdroitHandDoor-v1", ["AdroitHandDoor-v1", "door-v1", "adroit"]),
-        ("bandit-corners-v0", ["bandit-corners-v0", "bandit-corners-v0", "bandit"]),
-    ],
-)
-def test_names_in_tables_of_settings(task, names):
-    assert table_names(task) == names
-
-
-def test_a_machine_without_a_home_folder(monkeypatch):
-    monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.delenv("D4RL_DATASET_DIR", raising=False)
-    monkeypatch.delenv("MINARI_DATASETS_PATH", raising=False)
-    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # as for a user without an entry
-    for task in (HOPPER, "D4RL/door/human-v2"):
-        with pytest.raises(UserError, match="home folder is not known; set HOME"):
-            load_dataset(task)
-    assert len(load_dataset("hopper-mini-v0").rewards) > 1000
-    assert user_path("/data") == Path("/data")
-
-
-def test_rooms_that_are_loaded_only_when_needed():
-    """Names of tasks are cheap; a Hopper run loads no other domain, no Minari and no downloads."""
-    code = "import sys; import common.tasks; print(*sys.modules); from common.datasets import load_dataset\n"
-    code += "load_dataset('hopper-mini-v0').make_env(); print(*sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    names, hopper = (set(line.split()) for line in run.stdout.splitlines())
-    assert not names & {"torch", "numpy", "h5py", "gymnasium"}
-    others = {"common.d4rl_envs", "common.minari_data", "common.downloads"}
-    assert not hopper & {"torch", "minari", "gymnasium_robotics", *others}
+def test_unknown_tasks(task, nearest):
+    with pytest.raises(UserError, match=f"unknown task '{task}'[^$]*{nearest}"):
+        find_task(task)
 
 
 # --- Minari ---
@@ -391,8 +347,8 @@ def test_rooms_that_are_loaded_only_when_needed():
 def test_minari_box(minari_folder):
     env = gymnasium.make("Pendulum-v1", max_episode_steps=20)
     episodes = record("local/pendulum/random-v0", env, ref_min_score=-100.0, ref_max_score=0.0)
-    data = load_dataset("local/pendulum/random-v0")
-    assert data.task == "local/pendulum/random-v0"
+    data = load_dataset(find_task("local/pendulum/random-v0"))
+    assert data.name == "local/pendulum/random-v0"
     assert data.reference_returns == (-100.0, 0.0)
     assert len(data.rewards) == 60  # nothing is dropped
     for number, episode in enumerate(episodes):
@@ -407,7 +363,7 @@ def test_minari_box(minari_folder):
     np.testing.assert_allclose(data.episode_returns, returns, rtol=1e-5)
 
     # A scaled action does in the evaluation env what the original one did in the recorded one.
-    eval_env = data.make_env()
+    eval_env = make_env("local/pendulum/random-v0")
     assert (eval_env.action_space.low, eval_env.action_space.high) == (-1, 1)
     assert eval_env.spec.max_episode_steps == 20
     eval_env.reset(seed=0)
@@ -420,7 +376,7 @@ def test_minari_box(minari_folder):
 @minari_test
 def test_minari_goal_conditioned(minari_folder):
     episodes = record("local/reach-v0", gymnasium.make("Reach-v0"))
-    data = load_dataset("local/reach-v0")
+    data = load_dataset(find_task("local/reach-v0"))
     assert data.reference_returns is None
     assert data.observations.shape == (15, 7)
     flat = [gymnasium.spaces.flatten(Reach.observation_space, each) for each in episodes[0]["observations"]]
@@ -431,50 +387,9 @@ def test_minari_goal_conditioned(minari_folder):
     np.testing.assert_array_equal(data.observations[0], np.concatenate(in_order))
     np.testing.assert_array_equal(data.terminals.reshape(3, 5), [[0, 0, 0, 0, 1]] * 3)
     np.testing.assert_allclose(data.actions[:5], np.array(episodes[0]["actions"]) / 2 - 1, atol=1e-6)
-    env = data.make_env()
+    env = make_env("local/reach-v0")
     np.testing.assert_array_equal(env.reset(seed=0)[0].astype(np.float32), data.observations[0])
     assert env.step(np.ones(2, np.float32))[1] == 8
-
-
-@minari_test
-def test_minari_data_for_another_task(minari_folder):
-    record("local/pendulum-v0", gymnasium.make("Pendulum-v1", max_episode_steps=20))
-    data = load_dataset("Pendulum-v1", "local/pendulum-v0")
-    assert data.reference_returns is None
-    assert data.make_env().spec.max_episode_steps == 200  # of the task, not of the data
-    sizes = "size 3 and actions of size 1, the environment of hopper-mini-v0 11 and 3"
-    with pytest.raises(UserError, match=sizes):
-        load_dataset("hopper-mini-v0", "local/pendulum-v0").make_env()
-
-
-@minari_test
-def test_minari_datasets_that_cannot_be_used(minari_folder, monkeypatch):
-    with pytest.raises(UserError, match="no Minari dataset local/none-v0 .*: no folder /.*/data$"):
-        load_dataset("local/none-v0")
-    record("local/cartpole-v0", gymnasium.make("CartPole-v1"))
-    with pytest.raises(UserError, match="^local/cartpole-v0: .*Discrete"):
-        load_dataset("local/cartpole-v0")
-    record("local/reach-v0", gymnasium.make("Reach-v0"))
-    file = minari_folder / "local/reach-v0/data/main_data.hdf5"
-    file.write_bytes(file.read_bytes()[:3000])
-    with pytest.raises(UserError, match="cannot (use|read) the Minari dataset local/reach-v0: OSError"):
-        load_dataset("local/reach-v0")
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(file))
-    with pytest.raises(UserError, match="no Minari dataset local/reach-v0 is on this machine"):
-        load_dataset("local/reach-v0")
-
-
-@minari_test
-@pytest.mark.parametrize("add", [add_virtual, add_external, add_link, add_half])
-def test_minari_rows_that_were_never_written(add, minari_folder):
-    record("local/pendulum-v0", gymnasium.make("Pendulum-v1", max_episode_steps=10))
-    with h5py.File(minari_folder / "local/pendulum-v0/data/main_data.hdf5", "a") as file:
-        del file["episode_1/observations"]
-        add(file)
-        file.move("observations", "episode_1/observations")
-    message = "local/pendulum-v0: ValueError: episode_1/observations has rows that were never written"
-    with pytest.raises(UserError, match=message):
-        load_dataset("local/pendulum-v0")
 
 
 def change_metadata(folder, **changes):
@@ -485,12 +400,58 @@ def change_metadata(folder, **changes):
 
 
 @minari_test
-@pytest.mark.parametrize("scores", [("low", "high"), (1, 1), (2, 1), (math.nan, 1), (0, math.inf), ([], 1)])
-def test_minari_reference_scores_that_cannot_be(scores, minari_folder):
-    record("local/reach-v0", gymnasium.make("Reach-v0"))
-    change_metadata(minari_folder / "local/reach-v0", ref_min_score=scores[0], ref_max_score=scores[1])
-    with pytest.raises(UserError, match="^local/reach-v0: .* are not two reference scores"):
-        task_reference("local/reach-v0")
+def test_minari_actions_outside_their_box(minari_folder):
+    env = gymnasium.make("Pendulum-v1", max_episode_steps=20)
+    record("local/pendulum-v0", env)
+    with h5py.File(minari_folder / "local/pendulum-v0/data/main_data.hdf5", "a") as file:
+        file["episode_1/actions"][:] = 50
+    with pytest.raises(
+        UserError, match="local/pendulum-v0: actions from .* to 50, 20 of 60 .* bounds -2 and 2"
+    ):
+        load_dataset(find_task("local/pendulum-v0"))
+
+
+@minari_test
+def test_wrappers_of_a_minari_dataset(minari_folder):
+    """They change what a return means: refused by name; with a file's --dataset nobody needs them."""
+    plain = gymnasium.make("Pendulum-v1", max_episode_steps=20)
+    record("local/clipped-v0", gymnasium.wrappers.ClipReward(plain, -1.0, 0.0))
+    record("local/watched-v0", gymnasium.wrappers.RecordEpisodeStatistics(plain))
+    monitored = json.loads(plain.spec.to_json())
+    monitored["additional_wrappers"] = [{"name": "Monitor", "entry_point": "gone:Monitor", "kwargs": None}]
+    record("local/monitored-v0", plain)
+    change_metadata(minari_folder / "local/monitored-v0", env_spec=json.dumps(monitored))
+    for name in ("watched", "monitored"):
+        assert make_env(f"local/{name}-v0").spec.id == "Pendulum-v1"
+    message = "local/clipped-v0 was recorded in wrappers, ClipReward; --eval-episodes 0 trains"
+    with pytest.raises(UserError, match=message):
+        make_env("local/clipped-v0")
+    assert len(load_dataset(find_task("local/clipped-v0")).rewards) == 60
+    assert make_env("Pendulum-v1", "local/clipped-v0").spec.id == "Pendulum-v1"
+
+
+@minari_test
+def test_minari_datasets_that_cannot_be_used(minari_folder):
+    with pytest.raises(UserError, match="(?s)local/none-v0.*By hand"):
+        load_dataset(find_task("local/none-v0"))
+    record("local/cartpole-v0", gymnasium.make("CartPole-v1"))
+    with pytest.raises(UserError, match="^local/cartpole-v0: .*Discrete"):
+        load_dataset(find_task("local/cartpole-v0"))
+
+
+@pytest.mark.parametrize("task", ["Pendulum-v1", "dm_control/cheetah-run-v0"])
+def test_nobody_is_asked_when_a_file_is_given(task, minari_folder, monkeypatch):
+    """An id with a namespace may be Minari's or Gymnasium's; the message says how to name the second."""
+    monkeypatch.setattr("minari.download_dataset", pytest.fail)
+    pendulum_file(minari_folder / "data.hdf5", np.zeros((10, 1)))
+    own(minari_folder / "data.hdf5", task)
+    if "/" in task:
+        message = "names recorded data; .*<module that registers it>:dm_control/cheetah-run-v0"
+        for dataset in (str(minari_folder / "data.hdf5"), None):
+            args = SimpleNamespace(env_kwargs=(), dataset=dataset, action_bounds=(-1, 1))
+            data = own(dataset, task) if dataset else None
+            with pytest.raises(UserError, match=message):
+                make_envs(find_task(task), 1, args, data)
 
 
 @minari_test
@@ -504,16 +465,8 @@ def test_a_minari_dataset_executes_nothing(lost, minari_folder):
     spec["kwargs"] = {"file": str(victim), "mode": "w"}
     change_metadata(minari_folder / "local/reach-v0", env_spec=json.dumps(spec), **lost)
     with pytest.raises(UserError, match="metadata.json lacks" if lost else "Hostile.* doesn't exist"):
-        load_dataset("local/reach-v0").make_env()
+        make_env("local/reach-v0")
     assert not victim.exists()
-
-
-@minari_test
-def test_a_minari_dataset_without_an_environment(minari_folder):
-    record("local/reach-v0", gymnasium.make("Reach-v0"))
-    change_metadata(minari_folder / "local/reach-v0", env_spec=None, eval_env_spec=None)
-    with pytest.raises(UserError, match="of local/reach-v0: .*names none; .*\n--eval-episodes 0 trains"):
-        load_dataset("local/reach-v0").make_env()
 
 
 # --- Bandits ---
@@ -522,7 +475,7 @@ def test_a_minari_dataset_without_an_environment(minari_folder):
 @pytest.mark.parametrize("task", BANDIT_TASKS)
 def test_bandit_data(task):
     """The best mode pays 1 and is there, but far from the most frequent; off the pattern nothing is paid."""
-    data = load_dataset(task, seed=1)
+    data = load_dataset(find_task(task), seed=1)
     assert data.observations.shape == data.next_observations.shape == (10_000, 1)
     assert data.actions.shape == (10_000, 2)
     for ones in (data.terminals, data.episode_ends):
@@ -531,8 +484,8 @@ def test_bandit_data(task):
     np.testing.assert_allclose(data.rewards, bandit_reward(task, data.actions), atol=1e-6)
     assert data.reference_returns == (0, 1)
     assert np.mean(np.abs(data.actions) == 1) < 1e-3  # hardly anything had to be clipped
-    np.testing.assert_array_equal(load_dataset(task, seed=1).actions, data.actions)
-    assert not np.array_equal(load_dataset(task, seed=2).actions, data.actions)
+    np.testing.assert_array_equal(load_dataset(find_task(task), seed=1).actions, data.actions)
+    assert not np.array_equal(load_dataset(find_task(task), seed=2).actions, data.actions)
 
     centres = BANDITS[task]
     best = len(centres) - 1
@@ -551,25 +504,6 @@ def test_bandit_data(task):
     assert bandit_reward(task, grid).max() <= 1
 
 
-def test_all_bandits_have_names():
-    assert list(bandits.BANDITS) == BANDIT_TASKS
-
-
-@pytest.mark.parametrize(("pattern", "count", "tops"), [("25gaussians", 25, 4), ("swissroll", 36, 1)])
-def test_rewards_near_the_centre_and_far_from_it(pattern, count, tops):
-    """Linear in a mode's distance from the centre, as in DTQL's toy study; the two add up to 1."""
-    near, far = f"bandit-{pattern}-v0", f"bandit-{pattern}-far-v0"
-    centres = BANDITS[far]
-    radius = np.linalg.norm(centres, axis=1)
-    expected = (radius - radius.min()) / np.ptp(radius)
-    np.testing.assert_allclose(bandit_reward(far, centres), expected, atol=1e-12)
-    np.testing.assert_allclose(bandit_reward(near, centres), 1 - expected, atol=1e-12)
-    assert len(centres) == count and np.sum(expected == 1) == tops
-    np.testing.assert_array_equal(BANDITS[near], centres[::-1])
-    gaps = np.linalg.norm(centres[:, None] - centres, axis=2) + 9 * np.eye(count)
-    assert gaps.min(axis=1).min() > 0.1 and gaps.min(axis=1).max() < 0.45
-
-
 # --- Rewards to train on ---
 
 
@@ -578,7 +512,7 @@ def with_rewards(rewards, episode_ends):
     rewards = np.array(rewards, np.float32)
     empty = np.zeros((len(rewards), 1), np.float32)
     ends = np.array(episode_ends, np.float32)
-    return Dataset("a-task", empty, empty, rewards, empty, ends, ends, np.zeros(0), None, lambda: None)
+    return Dataset("a-task", empty, empty, rewards, empty, ends, ends, np.zeros(0), None)
 
 
 TUNED = {
@@ -598,15 +532,6 @@ def test_reward_rules(rule):
     tuned, expected = tune_rewards(with_rewards([0, 1, 3, 2], [0, 1, 0, 1]), rule), TUNED[rule]
     assert tuned.dtype == np.float32
     np.testing.assert_allclose(tuned, expected, rtol=1e-6)
-
-
-def test_what_a_reward_rule_does_is_printed(capsys):
-    data = with_rewards([0, 1, 3, 2], [0, 1, 0, 1])
-    tune_rewards(data, "none")
-    assert capsys.readouterr().out == "rewards as recorded: [0, 3], mean 1.5, sum 6\n"
-    tune_rewards(data, "cql_antmaze")
-    changed = "rewards by cql_antmaze: [0, 3], mean 1.5, sum 6 -> [-2, 10], mean 4, sum 16\n"
-    assert capsys.readouterr().out == changed
 
 
 @pytest.mark.parametrize(

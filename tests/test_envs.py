@@ -1,22 +1,32 @@
-"""Environments of all tasks: sizes, what they are refused for, and what one does that fails in the middle."""
+"""Environments of all tasks: sizes, units, limits, and what they are refused for."""
 
-import contextlib
 import re
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete
-from gymnasium.utils.env_checker import check_env
 from recordings import write
-from runs import ROOT
+from runs import AGENTS, ROOT, finish, python, results_of, to_words, train
 
+import dac
+import qvpo_online
 from common import envs
+from common.cli import UserError
 from common.datasets import load_dataset
-from common.envs import make_env, make_online_env
-from common.tasks import EnvironmentFailure, UserError
+from common.tasks import find_task
+
+
+def make_env(name, *env_kwargs, dataset=None):
+    """An environment as a run makes it; with a file's data, that of the data."""
+    args = SimpleNamespace(env_kwargs=env_kwargs, dataset=dataset, action_bounds=(-1, 1))
+    task = find_task(name)
+    return (
+        envs.make_envs(task, 1, args, load_dataset(task, dataset))[0]
+        if dataset
+        else envs.make_env(task, args)
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,105 +54,107 @@ def test_environments(task, env_id, obs_dim, action_dim):
         assert (observation[27:] == 0).all() and (observation[:27] != 0).all()
 
 
-def test_bandit_env():
-    env = make_env("bandit-corners-v0")
-    observation, _ = env.reset(seed=0)
-    np.testing.assert_array_equal(observation, [0])
-    observation, reward, terminated, truncated, _ = env.step(np.array([0.8, -0.8], np.float32))
-    assert (reward, terminated, truncated) == (pytest.approx(1), True, False)
-    check_env(env, skip_render_check=True)
-
-
 def test_actions_are_scaled_to_the_environment():
     plain, scaled = gymnasium.make("Pendulum-v1"), make_env("Pendulum-v1")
     plain.reset(seed=0), scaled.reset(seed=0)
     np.testing.assert_allclose(scaled.step(np.float32([0.5]))[0], plain.step(np.float32([1.0]))[0], atol=1e-6)
 
 
-def test_actions_are_clipped_as_in_d4rl():
-    """Otherwise MuJoCo would clip the torque, but the reward count the cost of the whole action."""
-    rewards = []
-    for size in (1, 3):
-        env = make_env("hopper-medium-v2")
-        env.reset(seed=0)
-        rewards.append(env.step(np.full(3, size, np.float32))[1])
-    assert rewards[0] == rewards[1]
-
-
-def test_tasks_without_an_environment_still_load(tmp_path):
-    data = load_dataset("maze2d-umaze-v1", write(tmp_path / "data.hdf5"))
-    with pytest.raises(UserError, match="environment of maze2d.* are not part of .*\n.*--eval-episodes 0"):
-        data.make_env()
-
-
 def test_environment_of_another_size(tmp_path):
     path = write(tmp_path / "data.hdf5", actions=np.zeros((10, 4), np.float32))
     sizes = "size 11 and actions of size 4, the environment of hopper-medium-v2 11 and 3"
     with pytest.raises(UserError, match=sizes):
-        load_dataset("hopper-medium-v2", path).make_env()
-
-
-@pytest.mark.parametrize("task", ["hopper-medium-v2", "mujoco/hopper/medium-v0"])
-def test_nobody_learns_online_in_recorded_data(task):
-    with pytest.raises(UserError, match=f"{task} names recorded data; .* such as Hopper-v4"):
-        make_online_env(task)
+        make_env("hopper-medium-v2", dataset=path)
 
 
 def test_environments_are_made_silently_and_only_ours(tmp_path):
-    """Nothing on the screen, no MuJoCo log in the working folder; warnings of other code stay."""
+    """Nothing on the screen, no MuJoCo log or maze in the working folder; warnings of other code stay.
+
+    Four processes at the same time, which do not disturb each other's temporary files.
+    """
+    tasks = [
+        "AdroitHandPen-v1",
+        "halfcheetah-medium-v2",
+        "Pendulum-v1",
+        "antmaze-umaze-v2",
+        "kitchen-mixed-v0",
+    ]
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
         "import warnings; warnings.simplefilter('always')\n"
-        "from common.envs import make_env\n"
-        "tasks = ['AdroitHandPen-v1', 'halfcheetah-medium-v2', 'ant-medium-v2', 'Pendulum-v1', 'Hopper-v5']\n"
-        "tasks += ['antmaze-umaze-v2', 'pen-human-v1', 'hammer-human-v1', 'kitchen-mixed-v0']\n"
-        "for task in tasks:\n"
-        "    env = make_env(task); env.reset(seed=0); env.step(env.action_space.sample())\n"
+        "from common.envs import make_env; from common.tasks import find_task\n"
+        "from types import SimpleNamespace\n"
+        f"for task in {tasks}:\n"
+        "    env = make_env(find_task(task), SimpleNamespace(env_kwargs=())); env.reset(seed=0)\n"
+        "    env.step(env.action_space.sample())\n"
         "print('ours', file=sys.stderr)\n"
         "import gymnasium; gymnasium.make('HalfCheetah-v4')\n"
     )
-    run = [sys.executable, "-c", code]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "" and done.stderr.startswith("ours\n") and "out of date" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "work").mkdir()
+    (tmp_path / "temporary").mkdir()
+    started = [
+        python("-c", code, cwd=tmp_path / "work", env={"TMPDIR": str(tmp_path / "temporary")}) for _ in "1234"
+    ]
+    for process in started:
+        code, out, err = finish(process)
+        assert (code, out) == (0, "") and err.startswith("ours\n") and "out of date" in err, err
+    assert not list((tmp_path / "work").iterdir()) and not list((tmp_path / "temporary").glob("*.xml"))
 
 
 def test_an_environment_in_a_module_of_ones_own(tmp_path, monkeypatch):
-    """module:Id, as gymnasium.make() has it."""
+    """module:Id, as gymnasium.make() has it, also with a namespace."""
     monkeypatch.syspath_prepend(tmp_path)
-    code = "import gymnasium\ngymnasium.register('Mine-v0', 'gymnasium.envs.mujoco.hopper_v4:HopperEnv')\n"
+    code = "import gymnasium\n"
+    for name in ("Mine-v0", "ours/Mine-v0"):
+        code += f"gymnasium.register({name!r}, 'gymnasium.envs.mujoco.hopper_v4:HopperEnv')\n"
     (tmp_path / "my_robots.py").write_text(code)
-    assert make_env("my_robots:Mine-v0").observation_space.shape == (11,)
-    gymnasium.registry.pop("Mine-v0")
+    for name in ("Mine-v0", "ours/Mine-v0"):
+        assert make_env(f"my_robots:{name}").observation_space.shape == (11,)
+        gymnasium.registry.pop(name)
     (tmp_path / "my_arms.py").write_text("1 / 0")
     with pytest.raises(UserError, match="cannot import my_arms of my_arms:Mine-v0: ZeroDivisionError"):
-        make_env("my_arms:Mine-v0")
+        find_task("my_arms:Mine-v0")
     with pytest.raises(UserError, match="unknown task 'my_robots:Other-v0'; nearest names: "):
-        make_env("my_robots:Other-v0")
+        find_task("my_robots:Other-v0")
+    with pytest.raises(UserError, match="No module named 'my_legs'; is its folder in PYTHONPATH?"):
+        find_task("my_legs:Mine-v0")
 
 
-# --- Environments that cannot be used ---
-
-
-NOTHING = object()  # stands for an entry that is left out
+# --- Arguments, limits, drawing ---
+def test_arguments_of_an_environment(tmp_path):
+    """JSON or key=value, in a run, too."""
+    for words in (
+        ['{"healthy_reward": 3.0, "max_episode_steps": 7}'],
+        ["healthy_reward=3.0", "max_episode_steps=7"],
+    ):
+        env = make_env("Hopper-v4", *words)
+        assert (env.unwrapped._healthy_reward, env.spec.max_episode_steps) == (3.0, 7)
+    assert make_env("Walker2d-v5", "xml_file=walker2d_v5.xml").spec.kwargs["xml_file"] == "walker2d_v5.xml"
+    for words in (["healthy_reward"], ["{healthy_reward: 3}"]):
+        with pytest.raises(
+            UserError, match=f"--env-kwargs {re.escape(words[0])} is neither .*JSON.* nor key=value"
+        ):
+            make_env("Hopper-v4", *words)
+    with pytest.raises(UserError, match="cannot make the environment of Hopper-v4: .*unexpected keyword"):
+        make_env("Hopper-v4", "wings=2")
+    data = write(tmp_path / "data.hdf5")
+    given = dict(env_id="Hopper-v4", dataset=data, env_kwargs=("max_episode_steps=3",), reward_tune="none")
+    results = results_of(train(tmp_path / "runs", dac, **given, total_steps=1))
+    assert results["evaluations"][0]["lengths"] == [3, 3]
 
 
 class Toy(gymnasium.Env):
-    """Observations (2,) and actions in [-1, 1]; the changes replace parts of what step() returns."""
+    """Observations (2,) and actions in [-1, 1]; it never ends."""
 
-    def __init__(self, observations=Box(-9, 9, (2,)), actions=Box(-1, 1, (1,)), error=None, **changes):  # noqa: B008
+    def __init__(self, observations=Box(-9, 9, (2,)), actions=Box(-1, 1, (1,))):  # noqa: B008
         self.observation_space, self.action_space = observations, actions
-        self.error, self.changes = error, changes
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        return self.changes.pop("first", np.zeros(2)), {}
+        return self.observation_space.sample(), {}
 
     def step(self, action):
-        if self.error:
-            raise self.error
-        given = {"obs": np.zeros(2), "reward": 1.0, "terminated": False, "truncated": False, "info": {}}
-        return tuple(value for value in (given | self.changes).values() if value is not NOTHING)
+        return self.observation_space.sample(), 1.0, False, False, {}
 
 
 @pytest.fixture
@@ -157,15 +169,66 @@ def toy():
     gymnasium.registry.pop("Toy-v0", None)
 
 
+def test_an_episode_without_an_end_is_cut_and_it_is_said(toy, monkeypatch, capsys):
+    monkeypatch.setattr(envs, "LONGEST_EPISODE", 50)
+    args = SimpleNamespace(env_kwargs=(), dataset=None)
+    env = envs.make_envs(find_task(toy()), 2, args)[0]
+    said = "Toy-v0: an episode is cut after 50 steps; --env-kwargs max_episode_steps=... sets another limit\n"
+    assert capsys.readouterr().out == said
+    for _ in range(2):
+        env.reset(seed=0)
+        assert [env.step(np.zeros(1, np.float32))[3] for _ in range(50)] == [False] * 49 + [True]
+    args.env_kwargs = ("max_episode_steps=5",)
+    assert envs.make_envs(find_task("Toy-v0"), 1, args)[0].spec.max_episode_steps == 5
+    assert (
+        envs.make_envs(find_task("Pendulum-v1"), 1, SimpleNamespace(env_kwargs=()))[0].spec.max_episode_steps
+        == 200
+    )
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["bogus", "osmesa"])
+def test_what_mujoco_gl_names_need_not_work_where_nothing_is_drawn(name, tmp_path):
+    given = dict(env_id="hopper-mini-v0", run_dir=tmp_path, reward_tune="none") | AGENTS["dac"][1]
+    words = to_words(**given | dict(total_steps=2, eval_every=2))
+    code, out, err = finish(python("dac.py", *words, cwd=ROOT, env={"MUJOCO_GL": name}))
+    assert code == 0 and "finished: " in out, err
+
+
+def test_a_film_that_cannot_be_drawn_names_mujoco_gl():
+    code = "from common.envs import make_env; from common.tasks import find_task\n"
+    code += "from types import SimpleNamespace\n"
+    code += "make_env(find_task('Hopper-v4'), SimpleNamespace(env_kwargs=()), 'rgb_array')"
+    _, _, err = finish(python("-c", code, cwd=ROOT, env={"MUJOCO_GL": "bogus"}))
+    assert "UserError" in err and "MUJOCO_GL is bogus: does that work here?" in err
+
+
+# --- Observations and actions ---
+@pytest.mark.parametrize(
+    ("space", "size"),
+    [
+        (Box(-9, 9, (), np.float64), 1),
+        (Box(0, 9, (2,), np.int64), 2),
+        (Box(0, 255, (2, 3), np.uint8), 6),
+        (Dict(place=Box(-1, 1, (2,)), speed=Box(-1, 1, (1,), np.float64)), 3),
+    ],
+    ids=["scalar", "integers", "matrix", "dict"],
+)
+def test_other_observations(space, size, toy, tmp_path):
+    """They become a vector of numbers, from which a script learns."""
+    env = make_env(toy(observations=space))
+    assert env.reset(seed=0)[0].shape == env.observation_space.shape == (size,)
+    given = dict(env_id="Toy-v0", env_kwargs=("max_episode_steps=3",), total_steps=4, eval_every=4)
+    assert results_of(train(tmp_path, qvpo_online, **given))["finished"]
+
+
 @pytest.mark.parametrize(
     "spaces",
     [
         {"observations": Discrete(3)},
         {"observations": Dict(place=Box(-1, 1, (2,)), kind=Discrete(3))},
-        {"observations": Dict()},
         {"observations": Box(-1, 1, (0,))},
         {"actions": Discrete(3)},
-        {"actions": Box(-1, 1, (0,))},
         {"actions": Box(-1, 1, (2, 2))},
         {"actions": Box(-np.inf, np.inf, (2,))},
         {"actions": Box(0, 5, (2,), np.int32)},
@@ -178,67 +241,7 @@ def test_spaces_that_cannot_be_learned_in(spaces, toy):
         make_env(toy(**spaces))
 
 
-def test_an_environment_that_cannot_be_made():
-    with pytest.raises(UserError, match="cannot make the environment of Hopper-v2: .*\n.*--eval-episodes 0"):
-        make_env("Hopper-v2")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"error": RuntimeError("the arm broke")}, "step.*: RuntimeError: the arm broke"),
-        ({"reward": None}, "step.*: TypeError: .*NoneType"),
-        ({"reward": np.ones(1)}, "step.*: TypeError"),
-        ({"reward": np.nan}, "step.*: the reward is nan"),
-        ({"reward": np.float32(-np.inf)}, "step.*: the reward is -inf"),
-        ({"reward": 1e300}, r"step.*: the reward is 1e\+300"),
-        ({"obs": np.array([0, np.nan])}, r"step.*: the observation is \[ 0. nan\]"),
-        ({"obs": np.array([0, 1e300])}, "step.*: the observation is"),
-        ({"obs": np.zeros(3)}, r"step.*: the observation is .*, not an array \(2,\)"),
-        ({"obs": [0.0, 0.0]}, "step.*: the observation is .*, not an array"),
-        ({"obs": np.array([None, 1])}, "step.*: TypeError"),
-        ({"info": NOTHING}, "step.*: ValueError: not enough values to unpack"),
-        ({"terminated": np.zeros(2)}, "step.*: ValueError: .*ambiguous"),
-        ({"first": np.full(2, np.inf)}, r"reset.*: the observation is \[inf inf\]"),
-    ],
-)
-@pytest.mark.parametrize("make", [make_env, make_online_env])
-def test_an_environment_that_fails_in_the_middle(change, message, make, toy):
-    env = make(toy(**change))
-    with pytest.raises(EnvironmentFailure, match=f"^the environment of Toy-v0 failed in {message}"):
-        env.reset(seed=0)
-        env.step(np.zeros(1, np.float32))
-
-
-def test_a_failure_names_its_line(toy):
-    env = make_env(toy(error=RuntimeError("the arm broke")))
-    env.reset(seed=0)
-    with pytest.raises(EnvironmentFailure, match=rf"the arm broke \({re.escape(__file__)}:\d+\)$"):
-        env.step(np.zeros(1, np.float32))
-
-
-def test_an_action_that_is_not_finite_is_named(toy):
-    env = make_env(toy(error=RuntimeError("unstable")))
-    env.reset(seed=0)
-    with pytest.raises(EnvironmentFailure, match="of an action that is not finite: RuntimeError: unstable"):
-        env.step(np.array([np.nan], np.float32))
-
-
-@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_is_no_failure(interrupt, monkeypatch):
-    env = make_env("bandit-moons-v0")
-    monkeypatch.setattr(env.unwrapped, "step", lambda action: (_ for _ in ()).throw(interrupt))
-    env.reset(seed=0)
-    with pytest.raises(interrupt):
-        env.step(np.zeros(2))
-
-
-def test_an_episode_without_an_end_is_cut(toy, monkeypatch):
-    monkeypatch.setattr(envs, "LONGEST_EPISODE", 50)
-    env = make_env(toy())
-    for _ in range(2):
-        env.reset(seed=0)
-        outcomes = [env.step(np.zeros(1, np.float32))[2:4] for _ in range(50)]
-        assert outcomes == [(False, False)] * 49 + [(False, True)]
-    with contextlib.closing(make_env("Pendulum-v1")) as limited:
-        assert limited.spec.max_episode_steps == 200  # its own limit stays
+@pytest.mark.parametrize("task", ["Hopper-v2", "Hopper-v3"])
+def test_an_old_version_names_the_one_that_works(task):
+    with pytest.raises(UserError, match=f"environment of {task}: [^$]*Gymnasium has Hopper-v4"):
+        make_env(task)

@@ -2,6 +2,7 @@
 
 import math
 from itertools import cycle
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 from recordings import record, write
 from runs import AGENTS, load_script, results_of, train
 
+from common import envs
 from common.datasets import load_dataset
-from common.envs import make_env
-from common.tasks import D4RL_TASKS
+from common.tasks import D4RL_TASKS, find_task
 
 SIZES = {"antmaze-umaze-v0": (29, 8), "door-human-v1": (39, 28), "kitchen-mixed-v0": (60, 9)}
 REFERENCE = {"antmaze-umaze-v0": (0, 1), "door-human-v1": (-56.512833, 2880.5693087298737)}
@@ -59,7 +60,9 @@ def test_the_mean_of_the_data_counts_as_an_evaluation_does(tmp_path, monkeypatch
     """Ants once per episode, the kitchen what was done at best, each up to the horizon."""
 
     def returns(task):
-        return load_dataset(task, write_as_recorded(tmp_path / "data.hdf5", task)).episode_returns.tolist()
+        return load_dataset(
+            find_task(task), write_as_recorded(tmp_path / "data.hdf5", task)
+        ).episode_returns.tolist()
 
     assert returns("antmaze-umaze-v0") == [1, 1, 0]
     assert returns("kitchen-mixed-v0") == [2, 0, 4]
@@ -80,14 +83,14 @@ def test_the_mean_of_the_data_counts_as_an_evaluation_does(tmp_path, monkeypatch
 )
 def test_minari_ids_with_their_own_environments(dataset_id, env_id, obs_dim, minari_folder):
     """Observations are flat in the data as in the environment: Dicts, of Dicts for the kitchen."""
-    make_env(env_id)  # registers what gymnasium-robotics has
+    find_task(env_id)  # registers what gymnasium-robotics has
     own = gymnasium.make(env_id, max_episode_steps=20)
     episodes = record(dataset_id, own)
-    data = load_dataset(dataset_id)
+    data = load_dataset(find_task(dataset_id))
     assert data.observations.shape == (60, obs_dim)
     first = gymnasium.spaces.flatten(own.observation_space, episodes[0]["observations"][0])
     np.testing.assert_array_equal(data.observations[0], first.astype(np.float32))
-    env = data.make_env()
+    env = envs.make_env(find_task(dataset_id), SimpleNamespace(env_kwargs=()))
     np.testing.assert_allclose(env.reset(seed=0)[0], first, atol=1e-6)
     given = dict(env_id=dataset_id, reward_tune="none") | SHORT
     results = results_of(train(minari_folder / "runs", load_script("dac"), **given))

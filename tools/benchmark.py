@@ -7,11 +7,11 @@ Started again, it goes on where it stopped: finished runs are skipped, stopped o
 explains the rest.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import queue
+import re
 import shlex
 import signal
 import socket
@@ -19,27 +19,27 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Literal
 
 import torch
-from rich.live import Live
-from rich.table import Column, Table
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 import toolbox
 from common import runs
-from common.checkpoints import cannot_write
+from common.cli import NonNegative, Positive, UnitInterval, UserError, check_bounds, parse_args, run_command
 from common.datasets import load_dataset
-from common.envs import make_env, make_online_env
-from common.settings import NonNegative, Positive, UnitInterval, check_bounds, parse_args
-from common.tasks import UserError, check_task, user_path
+from common.envs import make_env, make_envs
+from common.tasks import find_task
 
 PASSED_ON = ["D4RL_DATASET_DIR", "D4RL_MIRROR", "MINARI_DATASETS_PATH", "MUJOCO_GL"]  # to other machines
-TaskSet = Literal["d4rl", "d4rl-gym", "d4rl-antmaze", "d4rl-adroit", "d4rl-kitchen", "mujoco-online"]
 ROBOTS, RECORDINGS = ("halfcheetah", "hopper", "walker2d"), ("medium", "medium-replay", "medium-expert")
 MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
 TASK_SETS = {  # the tasks of the papers' tables
@@ -50,6 +50,7 @@ TASK_SETS = {  # the tasks of the papers' tables
 }
 TASK_SETS["d4rl"] = [task for tasks in TASK_SETS.values() for task in tasks]
 TASK_SETS["mujoco-online"] = ["Hopper-v4", "Walker2d-v4", "Ant-v4", "HalfCheetah-v4", "Humanoid-v4"]
+TaskSet = Literal[tuple(TASK_SETS)]
 
 
 @dataclass
@@ -107,7 +108,7 @@ def plan_jobs(script: str, env_id: str, seeds: list[int], words: list[str], run_
     for name in ("env_id", "seed", "run_dir", "resume"):
         if getattr(args, name) != getattr(plain, name):
             raise UserError(f"--{name.replace('_', '-')} after --: the grid sets it")
-    if getattr(args, "dataset", None) and os.path.isfile(args.dataset):
+    if os.path.isfile(getattr(args, "dataset", None) or ""):
         args.dataset = os.path.abspath(args.dataset)  # means the same everywhere
         words = [*words, "--dataset", args.dataset]
     jobs = []
@@ -115,9 +116,10 @@ def plan_jobs(script: str, env_id: str, seeds: list[int], words: list[str], run_
         settings, usual = (decisive(asdict(replace(each, seed=seed))) for each in (args, plain))
         given = {name: value for name, value in settings.items() if value != usual[name]}
         digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]
-        name = f"{env_id.replace('/', '-')}__{script}__{seed}" + (f"__{digest}" if given else "")
-        own = ["--env-id", env_id, "--seed", str(seed), "--run-dir", str(run_dir / name)]
-        jobs.append(Job(script, env_id, seed, (*own, *words), settings, run_dir / name))
+        name = f"{env_id}__{script}__{seed}" + (f"__{digest}" if given else "")
+        folder = run_dir / re.sub(r"[^-\w.]", "-", name)
+        own = ["--env-id", env_id, "--seed", str(seed), "--run-dir", str(folder)]
+        jobs.append(Job(script, env_id, seed, (*own, *words), settings, folder))
     return jobs
 
 
@@ -127,11 +129,10 @@ def plan_grid(args: Args, words: list[str]) -> list[Job]:
     tasks = dict.fromkeys([*args.env_ids, *(task for name in args.tasks for task in TASK_SETS[name])])
     if not scripts or not tasks:
         raise UserError("nothing to run: name --scripts, and tasks by --env-ids or --tasks")
-    for task in tasks:
-        check_task(task)
-    seeds, run_dir = list(dict.fromkeys(args.seeds)), user_path(args.run_dir).resolve()
+    seeds, run_dir = list(dict.fromkeys(args.seeds)), Path(args.run_dir).expanduser().resolve()
     jobs = []
     for task in tasks:
+        find_task(task)
         planned = [plan_jobs(script, task, seeds, words, run_dir) for script in scripts]
         jobs += [job for of_a_seed in zip(*planned, strict=True) for job in of_a_seed]
     return jobs
@@ -143,18 +144,20 @@ def check_tasks(jobs: list[Job]) -> None:
     Data that is not there yet is downloaded now, once, rather than by several runs at a time.
     """
     for job in {("dataset" in job.settings, job.env_id): job for job in jobs}.values():
+        given, task = SimpleNamespace(**job.settings), find_task(job.env_id)
         try:
             if "dataset" not in job.settings:  # the script learns online
-                make_online_env(job.env_id).close()
+                make_envs(task, 1, given)
                 continue
-            if job.settings["eval_episodes"] > 0:
-                make_env(job.env_id).close()
-            load_dataset(job.env_id, job.settings["dataset"])
+            if given.eval_episodes > 0:
+                make_env(task, given).close()  # which is known sooner than a download ends
+            data = load_dataset(task, given.dataset, given.seed, given.action_bounds)
+            make_envs(task, min(given.eval_episodes, 1), given, data)
         except UserError as error:
             raise UserError(f"{job.script} cannot be trained on {job.env_id}: {error}") from error
 
 
-# === What is there already ===
+# === One run ===
 def look_up(job: Job) -> tuple[str, toolbox.RecordedRun | None]:
     """What there is of the job: finished, stopped (there is a checkpoint to go on from) or new; and the run.
 
@@ -172,40 +175,38 @@ def look_up(job: Job) -> tuple[str, toolbox.RecordedRun | None]:
     return found
 
 
-# === One run ===
-def execute(job: Job, environment: dict[str, str], retries: int) -> str:
-    """Make the run, or what is missing of it, and say how its script ended; if it dies, it is resumed.
+def is_busy(job: Job) -> bool:
+    """Whether a script is at work for the job already: it locks its run folder, and outlives a benchmark."""
+    try:
+        for folder in job.folder.glob("*/"):
+            FileLock(folder / "run.lock").acquire(blocking=False).lock.release()
+    except Timeout:
+        return True
+    except OSError:  # a file system without locks
+        pass
+    return False
 
-    The script inherits the lock on its log. So nobody makes the run a second time beside it, even if this
-    process, or Ray on its machine, is killed while the script lives on.
-    """
-    if runs.stop_requested.is_set():
-        return "not begun"
+
+def execute(job: Job, environment: dict[str, str], retries: int) -> str:
+    """Make the run, or what is missing of it, and say how its script ended; if it dies, it is resumed."""
+    how = "not begun"
+    while is_busy(job) and not runs.stop_requested.is_set():
+        time.sleep(0.5)
     job.folder.mkdir(parents=True, exist_ok=True)
-    with open(job.log, "a") as log:
-        while not runs.stop_requested.is_set() and not locked(log):
-            time.sleep(0.5)
-        for _ in range(1 + retries):
-            state, found = look_up(job)
-            if state == "finished" or runs.stop_requested.is_set():
-                return state
-            words = [sys.executable, str(toolbox.ROOT / f"{job.script}.py"), *job.words]
-            words += ["--resume", str(found.folder)] if found else []
+    for _ in range(1 + retries):
+        state, found = look_up(job)
+        if state == "finished" or runs.stop_requested.is_set():
+            break
+        words = [sys.executable, str(toolbox.ROOT / f"{job.script}.py"), *job.words]
+        words += ["--resume", str(found.folder)] if found else []
+        with open(job.log, "a") as log:
             head = f"{time.strftime('%F %T')} on {socket.gethostname()}, {state}"
             print(f"=== {head}: {shlex.join(words)}", file=log, flush=True)
             code = run_script(words, os.environ | environment, log)
-            if code in (0, 2):  # after a mistake it would come to the same
-                break
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def locked(log: IO) -> bool:
-    """Whether this process has the lock on the log now."""
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if code in (0, 2):  # after a mistake it would come to the same
+            break
+    return how
 
 
 def run_script(words: list[str], environment: dict[str, str], log: IO) -> int:
@@ -223,73 +224,59 @@ def run_script(words: list[str], environment: dict[str, str], log: IO) -> int:
     return process.returncode
 
 
-# === Where the runs are made ===
-class ThisMachine:
-    """Runs as processes on this machine, so many at a time."""
+# === Where the runs are made: how to submit one, how to stop all, and what to say of the place ===
+def this_machine(args: Args) -> tuple[Callable[..., Future], Callable, str]:
+    """Processes on this machine, so many at a time; those with a share of a GPU take turns on the GPUs."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    room = fitting = max(cores // args.cpus_per_run, 1)
+    if args.gpus_per_run:
+        room = int(1 / args.gpus_per_run) * len(gpus)
+        if room < (args.workers or 1):
+            found = f"{len(gpus)} GPUs here have room for {room} runs at a time"
+            raise UserError(f"--gpus-per-run {args.gpus_per_run:g}: {found}; give fewer --workers")
+    room = args.workers or min(room, fitting)
+    threads, free = ThreadPoolExecutor(room), queue.SimpleQueue()
+    for i in range(room):
+        free.put(gpus[i % len(gpus)] if args.gpus_per_run else "")
 
-    def __init__(self, args: Args):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        gpus = [str(i) for i in range(torch.cuda.device_count())]
-        if os.environ.get("CUDA_VISIBLE_DEVICES"):
-            gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
-        fitting, share = max(cores // args.cpus_per_run, 1), args.gpus_per_run
-        slots = [""] * (args.workers or fitting)  # for each run at a time, the GPU that it sees
-        if share:
-            slots = [gpu for _ in range(min(int(1 / share), fitting)) for gpu in gpus][: len(slots)]
-        if len(slots) < (args.workers or 1):
-            found = f"{len(gpus)} GPUs here have room for {len(slots)} runs at a time"
-            raise UserError(f"--gpus-per-run {share:g}: {found}; give fewer --workers or a smaller share")
-        self.about = f"{len(slots)} at a time on {socket.gethostname()} with {cores} cores, {len(gpus)} GPUs"
-        self.threads, self.slots = ThreadPoolExecutor(len(slots)), queue.SimpleQueue()
-        for gpu in slots:
-            self.slots.put(gpu)
-
-    def submit(self, *arguments) -> Future:
-        """The future result of execute()."""
-        return self.threads.submit(self.run, *arguments)
-
-    def run(self, job: Job, environment: dict[str, str], retries: int) -> str:
-        gpu = self.slots.get()
+    def run(job: Job, environment: dict[str, str], retries: int) -> str:
+        gpu = free.get()
         try:
             return execute(job, environment | {"CUDA_VISIBLE_DEVICES": gpu}, retries)
         finally:
-            self.slots.put(gpu)
+            free.put(gpu)
 
-    def stop(self) -> None:
-        """Nothing is left to do: execute() looks at the flag."""
+    about = f"{room} at a time on {socket.gethostname()} with {cores} cores, {len(gpus)} GPUs"
+    return partial(threads.submit, run), lambda: None, about  # execute() itself looks at the flag
 
 
-class RayCluster:
-    """Runs as tasks of a Ray cluster, whose machines share the folders of the repository and of the runs."""
+def ray_cluster(args: Args) -> tuple[Callable[..., Future], Callable, str]:
+    """Tasks of a Ray cluster, whose machines share the folders of the repository and of the runs."""
+    address = args.ray_address
+    try:
+        import ray
 
-    def __init__(self, args: Args):
-        address = args.ray_address
-        try:
-            import ray
+        if ":" in address:  # Ray itself would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except ImportError:
+        raise UserError("--ray-address needs Ray: pip install -r requirements-extras.txt") from None
+    except Exception as error:  # of many kinds
+        advice = f"`ray start --head` shows the address ({str(error).strip().splitlines()[0]})"
+        raise UserError(f"no Ray cluster answers at --ray-address {address}; {advice}") from error
+    # Where a machine dies, Ray calls execute() on another one.
+    options = dict(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, max_retries=args.retries)
+    task, references = ray.remote(**options)(execute), []
 
-            if ":" in address:  # Ray itself would try for minutes
-                host, _, port = address.rpartition(":")
-                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except ImportError:
-            raise UserError("--ray-address needs Ray: pip install -r requirements-extras.txt") from None
-        except Exception as error:  # of many kinds
-            advice = f"`ray start --head` shows the address ({str(error).strip().splitlines()[0]})"
-            raise UserError(f"no Ray cluster answers at --ray-address {address}; {advice}") from error
-        self.about = f"on the Ray cluster {address} with {len(ray.nodes())} machines"
-        # Where a machine dies, Ray calls execute() on another one.
-        options = dict(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, max_retries=args.retries)
-        self.ray, self.task, self.references = ray, ray.remote(**options)(execute), []
+    def submit(*arguments) -> Future:
+        references.append(task.remote(*arguments))
+        return references[-1].future()
 
-    def submit(self, *arguments) -> Future:
-        """The future result of execute()."""
-        self.references.append(self.task.remote(*arguments))
-        return self.references[-1].future()
-
-    def stop(self) -> None:
-        """Tell the runs to save and stop."""
-        for reference in self.references:
-            self.ray.cancel(reference)
+    about = f"on the Ray cluster {address} with {len(ray.nodes())} machines"
+    return submit, lambda: [ray.cancel(reference) for reference in references], about
 
 
 # === All runs ===
@@ -301,60 +288,44 @@ def outcome(job: Job, future: Future) -> tuple[str, str]:
         if state == "finished":
             scores = [f"{run.unit} {value:.5g}" for value in run.evaluations.values()] or ["not evaluated"]
             return "finished", f"{scores[-1]} after {timedelta(seconds=int(3600 * run.hours))}"
-        how = f"{future.result()}; {last_line(job)}"
+        lines = [line for line in job.log.read_text(errors="replace").splitlines()[-20:] if line.strip()]
+        how = f"{future.result()}; {([line for line in lines if line.startswith('error: ')] or lines)[-1]}"
     except Exception as error:  # another run in the folder, a full disk, a machine that died
         how = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
     at = f"at step {run.step:,}" if run else "before its first checkpoint"
     return "failed", f"{at}: {how}\n  log: {job.log}"
 
 
-def run_all(jobs: list[Job], engine: ThisMachine | RayCluster, args: Args, counts: Counter) -> None:
+def run_all(jobs: list[Job], args: Args) -> Counter:
     """Make the runs and count how they end; after Ctrl-C, until all have stopped."""
+    submit, stop, about = ray_cluster(args) if args.ray_address else this_machine(args)
+    print(about)
     environment = {"OMP_NUM_THREADS": str(args.cpus_per_run), "OMP_WAIT_POLICY": "passive"}
     environment |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    started, stopping = time.time(), False
-    pending = {engine.submit(job, environment, args.retries): job for job in jobs}
-    with Live(auto_refresh=False, transient=True) as live:  # shows nothing where there is no terminal
+    counts, stopping = Counter(), False
+    pending = {submit(job, environment, args.retries): job for job in jobs}
+    with tqdm(total=len(jobs), unit="run", dynamic_ncols=True, disable=None) as bar:
         while pending:
             done = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED).done
             if runs.stop_requested.is_set() and not stopping:
-                print("interrupted: the runs under way save and stop")
-                engine.stop()
+                bar.write("interrupted: the runs under way save and stop")
+                stop()
                 stopping = True
             for job, future in [(pending.pop(future), future) for future in done]:
                 how, what = outcome(job, future)
-                if how == "failed" and stopping:
-                    how = "stopped"
-                else:
-                    print(f"{how:10}{job.name}: {what}")
+                how = "stopped" if how == "failed" and stopping else how
+                if how != "stopped":
+                    bar.write(f"{how:10}{job.name}: {what}")
                 counts[how] += 1
-            begun = [job for job in pending.values() if job.log.exists()]
-            running = [job for job in begun if job.log.stat().st_mtime > started][: live.console.height - 3]
-            title = f"{counts['finished']} finished, {counts['failed']} failed, {len(pending)} to go"
-            live.update(table(title, running), refresh=True)
-
-
-def table(title: str, jobs: list[Job]) -> Table:
-    """The runs under way, with the last lines of their logs."""
-    columns = Column("run", no_wrap=True), Column(title, no_wrap=True, ratio=1)
-    table = Table(*columns, box=None, pad_edge=False, expand=True)
-    for job in jobs:
-        table.add_row(job.name, last_line(job))
-    return table
-
-
-def last_line(job: Job) -> str:
-    """The error message at the end of a run's log, or else its last line."""
-    text = job.log.read_text(errors="replace") if job.log.exists() else ""
-    lines = [line.strip() for line in text.splitlines()[-20:] if line.strip()]
-    return ([line for line in lines if line.startswith("error: ")] or lines or [""])[-1]
+                bar.update()
+    return counts
 
 
 def main(args: Args, words: list[str]) -> None:
     """Make the runs of the grid that are not finished yet; words are for the command line of each script."""
     if args.ray_address and args.workers:
         raise UserError("--workers is for one machine; on a Ray cluster --cpus-per-run limits the runs")
-    jobs = plan_grid(args, words)
+    jobs, started = plan_grid(args, words), time.time()
     found = {job: look_up(job) for job in jobs}
     states = Counter(state for state, _ in found.values())
     numbers = ", ".join(f"{states[state]} {state}" for state in ("finished", "stopped", "new"))
@@ -364,24 +335,16 @@ def main(args: Args, words: list[str]) -> None:
             print(f"{state:10}{job.name} at step {run.step if run else 0:,}, {job.folder.name}")
         return
     check_tasks([job for job in jobs if found[job][0] == "new"])
-    todo = [job for job in jobs if found[job][0] != "finished"]
-    if not todo:
+    if not (todo := [job for job in jobs if found[job][0] != "finished"]):
         return
-    engine = RayCluster(args) if args.ray_address else ThisMachine(args)
-    print(engine.about)
-    try:
-        jobs[0].folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(jobs[0].folder.parent, error) from error
-    counts, started = Counter(finished=states["finished"]), time.time()
     with runs.stopping_between_steps():
-        run_all(todo, engine, args, counts)
-    numbers = ", ".join(f"{counts[state]} {state}" for state in ("finished", "failed", "stopped"))
-    print(f"{numbers}, of {len(jobs)} runs, after {timedelta(seconds=int(time.time() - started))}")
-    runs.raise_if_interrupted()
+        counts = run_all(todo, args) + Counter(finished=states["finished"])
+        numbers = ", ".join(f"{counts[state]} {state}" for state in ("finished", "failed", "stopped"))
+        print(f"{numbers}, of {len(jobs)} runs, after {timedelta(seconds=int(time.time() - started))}")
+        runs.stop_if_asked()
     if counts["finished"] < len(jobs):
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    runs.run_command(partial(main, words=toolbox.take_words_for_scripts()), Args)
+    run_command(partial(main, words=toolbox.take_words_for_scripts()), Args)

@@ -1,17 +1,16 @@
-"""From run folders to a table of scores and a picture of learning curves.
+"""From run folders to a table of scores and pictures of learning curves.
 
     python tools/report.py runs/grid --output report
 
-writes report/report.md and report/curves.png; the same runs give the same bytes.
+writes report/report.md, curves.png and selection.png; the same runs give the same bytes.
 """
 
 import json
 import math
-import os
-import sys
 import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -19,39 +18,43 @@ import numpy as np
 import tyro
 
 import toolbox
-from common.tasks import BUNDLED, UserError, table_names, user_path
+from common.cli import DOMAINS, UserError, run_command
+from common.tasks import BUNDLED
 from toolbox import RecordedRun, interval
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_scores.json").read_text())
-VERSIONS = ("git_commit", "torch", "mujoco", "gymnasium", "numpy", "python")
+VERSIONS = ("code", "torch", "mujoco", "gymnasium", "numpy", "python")
 LOCOMOTION = ("halfcheetah-", "hopper-", "walker2d-", "ant-")
+MARKERS = ("", "o", "s", "^", "v", "D", "x")  # tell the groups of one script apart, which share its colour
 ABOUT_SCORES = """
 The normalized score (0 random, 100 expert) by the reference returns of D4RL or of a Minari dataset; the
-return where a task has none.
+return where a task has none. In brackets 95 % bootstrap intervals over the seeds; of two or three seeds that
+is their range.
 
-- *last ten*: the mean of the last ten evaluations (RAT), or of all of them if there are fewer, as *averaged*
-  says; then the mean over the seeds, with its 95 % bootstrap interval
+- *last ten*: mean of the last ten evaluations (RAT), or of all if there are fewer, as *averaged* says
 - *oracle*: the best evaluation of the training (OMS), chosen by the score itself, so not what one would get
 - *published*: by others, and in brackets how; a task is named there if it is another version of this one
-- *data*: the mean episode of the training data
-- *steps*: of each run; *hours*: of each run, with its evaluations
+- *data*: the mean episode of the training data; *steps* and *hours*: of each run, with its evaluations
+
+All evaluations have the same few starts, by which *oracle* is chosen, too. A score to publish is that of
+`tools/evaluate.py`, on starts that no training evaluated on.
 """
 ABOUT_PUBLISHED = """
-Numbers of others, none measured here. What may be compared:
-
-- scores on the same version of a task; another version has other data, or is another environment;
-- *RAT* with *last ten*, *OMS* with *oracle*, *final* with the end of a curve, and only where steps,
-  evaluations and episodes are the same; *offline selection* and *evaluation not stated* with none of them.
-
-Other methods on these tasks:
+Numbers of others, none measured here. Compare them only on the same version of a task, with the same steps,
+evaluations and episodes: *RAT* with *last ten*, *OMS* with *oracle*, *final* with the end of a curve.
 """
 ABOUT_DOMAINS = """
 Averages of the last ten over tasks, for algorithms with runs on all tasks of a domain that are here. *IQM* is
-the interquartile mean over tasks x seeds, with a 95 % bootstrap interval that draws the seeds within each
-task.
+the interquartile mean over tasks x seeds; its interval draws the seeds within each task.
 """
 ABOUT_CURVES = """
 Thick: mean over the seeds; shaded: its 95 % bootstrap interval; thin: each seed; dashed: the data's mean.
+
+![Learning curves](curves.png)
+
+What *last ten* (RAT, solid) and *oracle* (OMS, dotted) would have been after each evaluation:
+
+![RAT and OMS](selection.png)
 """
 
 
@@ -60,7 +63,7 @@ class Args:
     """A table of scores and learning curves of all runs in some folders."""
 
     folders: Annotated[list[str], tyro.conf.Positional]  # searched for runs, at any depth
-    output: str = "report"  # folder for report.md and curves.png
+    output: Path = Path("report")  # folder for report.md, curves.png and selection.png
     unfinished: bool = False  # count runs that are not finished, too, as far as they have come
 
 
@@ -68,27 +71,27 @@ class Args:
 class Group:
     """The runs that differ in the seed alone."""
 
-    script: str
-    task: str  # env_id, and the dataset if it is another than the task's own
-    env_id: str
-    settings: dict  # the runs' arguments, but for seed, env_id and what does not count
-    unit: str  # score or return
-    online: bool  # whether it learned from what it did itself
+    settings: dict  # their arguments, but for the seed and those that change nothing
     runs: dict[int, RecordedRun] = field(default_factory=dict)  # by seed
     label: str = ""  # the script, and those of its settings in which its groups differ
 
     @property
-    def domain(self) -> str:
-        """The tasks with which its scores may be averaged; without such tasks, its own task."""
-        if self.env_id == BUNDLED or self.settings.get("dataset"):
-            return self.task
-        return "locomotion" if self.env_id.startswith(LOCOMOTION) else table_names(self.env_id)[-1]
+    def one(self) -> RecordedRun:
+        """Any of its runs, which have script, task, unit and data in common."""
+        return next(iter(self.runs.values()))
 
     @property
-    def given(self) -> set[str]:
-        """Names of the settings that are neither defaults nor in the task's row."""
-        first = next(iter(self.runs.values()))
-        return {name for name, source in first.sources.items() if source == "given"}
+    def task(self) -> str:
+        """The env_id, and the dataset if it is another than the task's own."""
+        return self.one.data or self.one.args["env_id"]
+
+    @property
+    def domain(self) -> str:
+        """The tasks with which its scores may be averaged; without such tasks, its own task."""
+        if self.one.args["env_id"] == BUNDLED or self.settings.get("dataset"):
+            return self.task
+        own = "locomotion" if self.task.startswith(LOCOMOTION) else self.task
+        return DOMAINS.get(self.task.split("-")[0], (own,))[0]
 
     def last_ten(self) -> np.ndarray:
         """The mean of each seed's last ten evaluations, (seeds,)."""
@@ -99,22 +102,11 @@ class Group:
         """The best evaluation, mean over the seeds."""
         return float(np.mean([max(run.evaluations.values()) for run in self.runs.values()]))
 
-    def data_score(self) -> float | None:
-        """The mean episode of the data; None: unknown."""
-        scores = [run.data_score for run in self.runs.values()]
-        return None if None in scores else float(np.mean(scores))
-
 
 # === Reading ===
 def find_runs(folders: list[str]) -> list[RecordedRun]:
     """All runs, in the order of their folders' names. UserError: there are none, or one cannot be read."""
-    if not folders:
-        raise UserError("name a folder with runs, such as runs")
-    found = set()
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise UserError(f"no such folder: {folder}")
-        found |= {path.parent.resolve() for path in folder.rglob("config.json")}
+    found = {path.parent.resolve() for folder in folders for path in Path(folder).rglob("config.json")}
     if not found:
         raise UserError(f"there is no run in {', '.join(folders)} or below: no config.json")
     return [toolbox.read_run(folder) for folder in sorted(found, key=lambda each: (each.name, str(each)))]
@@ -128,43 +120,30 @@ def flaw(run: RecordedRun, unfinished: bool) -> str | None:
         return f"not finished, at step {run.step:,} of {run.total_steps:,}"
     if not run.evaluations:
         return "not evaluated"
-    values = {f"the {run.unit} of step {step:,}": value for step, value in run.evaluations.items()}
-    values |= {"the data's mean": run.data_score or 0.0, "the time": run.hours}
-    bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-    return bad[0] if bad else None
+    bad = [step for step, value in run.evaluations.items() if not math.isfinite(value)]
+    return f"the {run.unit} of step {bad[0]:,} is {run.evaluations[bad[0]]}" if bad else None
 
 
 def group_runs(runs: list[RecordedRun], unfinished: bool = False) -> tuple[list[Group], list[str]]:
     """The runs that count in groups, by task and label; and a line for all that needs a remark."""
-    groups, counted, problems, aside = {}, {}, [], toolbox.WHERE_AND_HOW | {"seed", "env_id"}
+    groups, problems, aside = {}, set(), toolbox.WHERE_AND_HOW | {"seed"}
     for run in sorted(runs, key=lambda run: run.evaluations is None):  # those without results last
-        env_id, seed = run.args["env_id"], run.args["seed"]
         settings = {name: value for name, value in run.args.items() if name not in aside}
-        key = env_id, run.script, json.dumps(settings, sort_keys=True)
-        earlier, who = counted.get((key, seed)), f"{run.script} on {env_id}, seed {seed}"
+        key, seed = (run.script, json.dumps(settings, sort_keys=True), run.unit), run.args["seed"]
+        alike = [group.runs for other, group in groups.items() if other[:2] == key[:2]]
+        earlier = next((runs[seed] for runs in alike if seed in runs), None)
+        who = f"{run.script} on {run.args['env_id']}, seed {seed}"
         if reason := flaw(run, unfinished):
             if run.evaluations is not None or not earlier:  # else it was killed early, and begun again
-                problems.append(f"{who}: {reason}; left out ({run.folder.name})")
+                problems.add(f"{who}: {reason}; left out ({run.folder.name})")
             continue
         if earlier:
-            problems.append(f"{who}: made twice; counted {run.folder.name}, left out {earlier.folder.name}")
-        counted[key, seed] = run
-        problems += [f"{who}: {change}" for change in changes_of(run)]
-        new = Group(run.script, run.data or env_id, env_id, settings, run.unit, run.data is None)
-        groups.setdefault((*key, run.unit), new).runs[seed] = run
-    problems += set_apart(list(groups.values()))
-    in_order = sorted(groups.values(), key=lambda group: (group.task, group.script, group.label))
-    return in_order, sorted(problems) + uneven_seeds(in_order)
-
-
-def changes_of(run: RecordedRun) -> list[str]:
-    """What to say of each time that the run was resumed with settings that change what it learns."""
-    lines, aside = [], toolbox.WHERE_AND_HOW | {"total_steps"}
-    for step, changes in run.changes:
-        decisive = sorted(changes.keys() - aside)
-        pairs = ", ".join(f"{name} {changes[name][0]} -> {changes[name][1]}" for name in decisive)
-        lines += [f"resumed at step {step:,} with {pairs}"] if pairs else []
-    return lines
+            problems.add(f"{who}: made twice; counted {run.folder.name}, left out {earlier.folder.name}")
+        groups.setdefault(key, Group(settings)).runs[seed] = run
+    problems |= set_apart(list(groups.values()))
+    return sorted(groups.values(), key=lambda group: (group.task, group.one.script, group.label)), sorted(
+        problems
+    )
 
 
 def set_apart(groups: list[Group]) -> set[str]:
@@ -173,44 +152,23 @@ def set_apart(groups: list[Group]) -> set[str]:
     The label names what the user chose, on every task if the script's groups differ in it on one; the steps
     and the evaluations have columns of their own.
     """
-    kinds, differing, aside = defaultdict(list), {}, {"total_steps", "eval_every"}
+    differing, aside = defaultdict(set), {"total_steps", "eval_every"}
+    for group, other in combinations(groups, 2):
+        if (group.one.script, group.task) == (other.one.script, other.task):
+            names = group.settings.keys() | other.settings.keys()
+            names = {name for name in names if group.settings.get(name) != other.settings.get(name)}
+            differing[group.one.script, group.task] |= names
     for group in groups:
-        kinds[group.script, group.task].append(group)
-    for kind, same in kinds.items():
-        names = sorted(set().union(*(group.settings for group in same)))
-        differing[kind] = [n for n in names if len({str(group.settings.get(n)) for group in same}) > 1]
-    for (script, task), same in kinds.items():
-        of_script = {name for kind, names in differing.items() if kind[0] == script for name in names}
-        labels = [label_with(group, sorted(of_script & group.given - aside)) for group in same]
-        if len(set(labels)) < len(same):  # the row of the task has changed, or the steps alone differ
-            labels = [label_with(group, differing[script, task]) for group in same]
-        for group, text in zip(same, labels, strict=True):
-            group.label = text
+        names = set().union(
+            *(names for (script, _), names in differing.items() if script == group.one.script)
+        )
+        names = sorted(name for name in names - aside if group.one.sources.get(name) == "given")
+        values = ", ".join(f"{name} {group.settings.get(name)}" for name in names)
+        group.label = f"{group.one.script} ({values})" if values else group.one.script
     return {
-        f"{script} on {task}: runs with different {', '.join(names)}, in rows of their own"
+        f"{script} on {task}: runs with different {', '.join(sorted(names))}, in rows of their own"
         for (script, task), names in differing.items()
-        if names
     }
-
-
-def label_with(group: Group, names: list[str]) -> str:
-    """The script and the values of these settings: edp_td3 (guidance_weight 0.0)"""
-    values = ", ".join(f"{name} {group.settings.get(name)}" for name in names)
-    return f"{group.script} ({values})" if names else group.script
-
-
-def uneven_seeds(groups: list[Group]) -> list[str]:
-    """A line for each seed that some groups have and others lack; it names those that are fewer."""
-    lines = []
-    for seed in sorted({seed for group in groups for seed in group.runs}):
-        having, lacking = [], []
-        for group in groups:
-            (having if seed in group.runs else lacking).append(f"{group.label} on {group.task}")
-        if len(having) < len(lacking):
-            lines.append(f"seed {seed}: runs count only for {', '.join(having)}")
-        elif lacking:
-            lines.append(f"seed {seed}: no run counts for {', '.join(lacking)}")
-    return lines
 
 
 # === The tables ===
@@ -227,9 +185,10 @@ def is_of(task: str, group: Group) -> bool:
 
     Not where the data is not the task's own, and not in Gymnasium's -v5, which are other environments.
     """
-    if group.settings.get("dataset") or group.env_id.endswith("-v5"):
+    env_id = group.one.args["env_id"]
+    if group.settings.get("dataset") or env_id.endswith("-v5"):
         return False
-    return task.rpartition("-v")[0] == group.env_id.rpartition("-v")[0]
+    return task.rpartition("-v")[0] == env_id.rpartition("-v")[0]
 
 
 def published(group: Group) -> list[tuple[str, str]]:
@@ -240,22 +199,10 @@ def published(group: Group) -> list[tuple[str, str]]:
     found = []
     for each in PUBLISHED["tables"]:
         for task, score in each["scores"].items():
-            if each["algorithm"] == group.script and is_of(task, group):
-                where = "" if task == group.env_id else f", {task}"
+            if each["algorithm"] == group.one.script and is_of(task, group):
+                where = "" if task == group.task else f", {task}"
                 found.append((f"{score:g} ({each['metric']}{where})", each["source"]))
     return found
-
-
-def baselines(groups: list[Group]) -> list[str]:
-    """Tables of the published scores of other methods on the tasks of these groups, each with its source."""
-    lines = []
-    for each in PUBLISHED["baselines"]:
-        known = [task for task in each["scores"] if any(is_of(task, group) for group in groups)]
-        rows = [[task, *map(number, each["scores"][task])] for task in known]
-        if rows:
-            source = f"{each['source']}; {each['metric']}."
-            lines += [*table(["task", *each["methods"]], rows), "", source, ""]
-    return lines
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -265,7 +212,7 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def score_row(group: Group) -> list[str]:
     """The row of one algorithm on one task."""
-    last_ten, unit = group.last_ten(), group.unit
+    last_ten, unit = group.last_ten(), group.one.unit
     run = min(group.runs.values(), key=lambda run: run.step)
     steps = f"{run.step:,}" if run.finished else f"{run.step:,} of {run.total_steps:,}"
     return [
@@ -276,7 +223,7 @@ def score_row(group: Group) -> list[str]:
         str(min(10, len(run.evaluations))),
         number(group.best(), unit),
         "; ".join(text for text, _ in published(group)) or "-",
-        number(group.data_score(), unit),
+        number(group.one.data_score, unit),
         steps,
         f"{np.mean([run.hours for run in group.runs.values()]):.2g}",
     ]
@@ -286,21 +233,26 @@ def domain_rows(groups: list[Group]) -> list[list[str]]:
     """The averages over the tasks of a domain; only of scores of training on recorded data."""
     domains, rows = defaultdict(list), []
     for group in groups:
-        if group.unit == "score" and not group.online:
+        if group.one.unit == "score" and group.one.data:
             domains[group.domain].append(group)
     for domain, members in domains.items():
         tasks = sorted({group.task for group in members})
         for label in sorted({group.label for group in members}) if len(tasks) > 1 else []:
             own = {group.task: group for group in members if group.label == label}
-            row = [domain, label, f"{len(own)} of {len(tasks)}"]
             if len(own) < len(tasks):
-                rows.append([*row, "incomplete", "-", "-"])
                 continue
+            row = [domain, label, str(len(tasks)), num_seeds(list(own.values()))]
             samples = [own[task].last_ten() for task in tasks]
             mean = np.mean([sample.mean() for sample in samples])  # each task counts once
             middle = number(iqm(np.concatenate(samples)), ends=interval(*samples, statistic=iqm))
             rows.append([*row, number(mean), middle, number(np.mean([own[task].best() for task in tasks]))])
     return rows
+
+
+def num_seeds(groups: list[Group]) -> str:
+    """How many seeds each of the groups has: 3, or 2-5."""
+    counts = [len(group.runs) for group in groups]
+    return f"{min(counts)}-{max(counts)}" if len(set(counts)) > 1 else str(counts[0])
 
 
 def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -313,10 +265,11 @@ def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
 def write_report(groups: list[Group], problems: list[str], folders: list[str]) -> str:
     """The text of report.md."""
     runs = [run for group in groups for run in group.runs.values()]
-    tasks, scripts = {group.task for group in groups}, {group.script for group in groups}
+    tasks, scripts = {group.task for group in groups}, {group.one.script for group in groups}
     counts = f"{len(runs)} runs of {len(scripts)} scripts on {len(tasks)} tasks"
     hours = sum(run.hours for run in runs)
-    found = {name: sorted({str(run.config.get(name, "unknown")) for run in runs}) for name in VERSIONS}
+    configs = [{"code": run.config.get("git_commit")} | run.config for run in runs]  # of format 2, of 3
+    found = {name: sorted({str(config.get(name)) for config in configs}) for name in VERSIONS}
     versions = "; ".join(f"{name} {', '.join(values)}" for name, values in found.items())
     lines = ["# Report", "", f"{counts} in {', '.join(folders)}: {hours:.2g} hours.", ""]
     lines += [f"Versions: {versions}.", "", "## Problems", ""]
@@ -325,64 +278,65 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
     rows = [score_row(group) for group in groups]
     lines += ["", "## Scores", ABOUT_SCORES, *table([*header, "steps", "hours"], rows)]
     if rows := domain_rows(groups):
-        header = ["domain", "algorithm", "tasks", "mean", "IQM", "oracle"]
+        header = ["domain", "algorithm", "tasks", "seeds", "mean", "IQM", "oracle"]
         lines += ["", "## Domains", ABOUT_DOMAINS, *table(header, rows)]
-    lines += ["", "## Learning curves", ABOUT_CURVES, "![Learning curves](curves.png)"]
-    if tables := baselines(groups):
-        sources = sorted({f"- {source}" for group in groups for _, source in published(group)})
-        lines += ["", "## Published scores", ABOUT_PUBLISHED, *tables]
-        lines += ["Sources of the column *published*:", "", *(sources or ["- none"])]
+    lines += ["", "## Learning curves", ABOUT_CURVES]
+    if sources := sorted({f"- {source}" for group in groups for _, source in published(group)}):
+        lines += ["## Published scores", ABOUT_PUBLISHED, *sources]
     return "\n".join(lines) + "\n"
 
 
 # === The curves ===
-def draw_curves(groups: list[Group]):
-    """A panel for each task; for each script on it, if up to three tasks have over five curves on average."""
+def running(values: np.ndarray, statistic: str) -> np.ndarray:
+    """Of evaluations (steps, seeds): as they are, or what RAT or OMS is after each of them."""
+    if statistic == "OMS":
+        return np.maximum.accumulate(values)
+    if statistic == "RAT":
+        return np.array([values[max(i - 9, 0) : i + 1].mean(0) for i in range(len(values))])
+    return values
+
+
+def draw(groups: list[Group], statistics: dict[str, str]):
+    """A panel for each task; each of the statistics has its line style, each script its colour.
+
+    Evaluations as they are come with seeds and intervals.
+    """
     tasks, labels = sorted({group.task for group in groups}), sorted({group.label for group in groups})
-    apart = len(tasks) <= 3 and len(groups) > 5 * len(tasks)
-    scripts = sorted({group.script for group in groups}) if apart else [""]
-    panels = [(script, task) for script in scripts for task in tasks]
-    plt = toolbox.pyplot()
-    palette = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20")
-    colors = {label: palette(i % palette.N) for i, label in enumerate(labels)}
-    side_by_side = apart and len(tasks) > 1  # a column for each task
-    columns = len(tasks) if side_by_side else min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    width = max(6.0, 4.4 * columns)  # inches
-    across = max(1, int(width / (0.6 + 0.08 * max(map(len, labels)))))  # columns of the legend
-    size = (width, (2.4 if side_by_side else 3.2) * rows + 0.2 + 0.2 * math.ceil(len(labels) / across))
-    figure = plt.figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey="col" if side_by_side else apart)
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
-    lines = {}
-    for ax, (script, task) in zip(axes.flat, panels, strict=False):
-        members = [group for group in groups if group.task == task and script in ("", group.script)]
-        title = [script] if apart and members else []
-        if not apart or side_by_side and ax.get_subplotspec().is_first_row():
-            title = [*textwrap.wrap(task, 40, break_on_hyphens=False), *title]
-        ax.set_title("\n".join(title), fontsize=10)
-        if not members:
-            ax.set_axis_off()
-            continue
+    columns = min(3, len(tasks))
+    width, rows = max(6.0, 4.4 * columns), math.ceil(len(tasks) / columns)  # in inches
+    across = max(1, int(width / (0.9 + 0.08 * max(map(len, labels)))))  # columns of the legend
+    size = (width, 3.2 * rows + 0.4 + 0.2 * math.ceil(len(labels) / across))
+    figure, lines = toolbox.pyplot().figure(figsize=size, layout="constrained"), {}
+    for i, task in enumerate(tasks):
+        members = [group for group in groups if group.task == task]
+        ax = figure.add_subplot(rows, columns, i + 1)
+        ax.set_title("\n".join(textwrap.wrap(task, 40, break_on_hyphens=False)), fontsize=10)
         for group in members:
             curves = [group.runs[seed].evaluations for seed in sorted(group.runs)]
             steps = sorted(set.intersection(*map(set, curves)))  # that all seeds have
             values = np.array([[curve[step] for step in steps] for curve in curves]).T  # (steps, seeds)
-            look = {"color": colors[group.label], "marker": "o" if len(steps) == 1 else None}
-            ax.plot(steps, values, linewidth=0.6, alpha=0.5, markersize=3, **look)
-            [lines[group.label]] = ax.plot(steps, values.mean(-1), linewidth=2, **look)
-            if steps and (ends := interval(values)):
-                ax.fill_between(steps, *ends, color=colors[group.label], alpha=0.15, linewidth=0)
-        if members[0].data_score() is not None:
-            ax.axhline(members[0].data_score(), color="gray", linestyle="--", linewidth=0.8)
+            color = toolbox.COLORS.get(group.one.script, "gray")
+            variants = sorted({each.label for each in groups if each.one.script == group.one.script})
+            marker = MARKERS[variants.index(group.label) % len(MARKERS)] or ("." if len(steps) == 1 else "")
+            look = {"color": color, "marker": marker, "markersize": 4, "markevery": 1 + len(steps) // 10}
+            for statistic, style in statistics.items():
+                shown = running(values, statistic)
+                [line] = ax.plot(steps, shown.mean(-1), linestyle=style, linewidth=2, **look)
+                lines.setdefault(group.label, line)
+                if statistic == "each" and len(curves) > 1 and steps:
+                    ax.plot(steps, shown, linewidth=0.6, alpha=0.5, color=color)
+                    ax.fill_between(steps, *interval(shown), color=color, alpha=0.15, linewidth=0)
+        if members[0].one.data_score is not None:
+            ax.axhline(members[0].one.data_score, color="gray", linestyle="--", linewidth=0.8)
         ax.locator_params(axis="x", nbins=6)
-        ax.set(xlabel="steps", ylabel="normalized score" if members[0].unit == "score" else "return")
+        ax.set(xlabel="steps", ylabel="normalized score" if members[0].one.unit == "score" else "return")
         ax.grid(alpha=0.3)
-    if apart and not side_by_side:
-        figure.suptitle(tasks[0], fontsize=11)
-    ordered = [lines[label] for label in labels]
-    figure.legend(ordered, labels, loc="outside lower center", ncols=across, fontsize=9)
+    names = [
+        f"{label}, n = {num_seeds([each for each in groups if each.label == label])}" for label in labels
+    ]
+    figure.legend(
+        [lines[each] for each in labels], names, loc="outside lower center", ncols=across, fontsize=9
+    )
     return figure
 
 
@@ -391,23 +345,15 @@ def main(args: Args) -> None:
     if not groups:
         advice = "" if args.unfinished else "\n--unfinished counts runs as far as they have come"
         raise UserError("no run counts:\n  " + "\n  ".join(problems) + advice)
-    picture = toolbox.png(draw_curves(groups), dpi=120)
+    pictures = {"curves": {"each": "-"}, "selection": {"RAT": "-", "OMS": ":"}}
+    for name, statistics in pictures.items():
+        toolbox.write_output(args.output / f"{name}.png", toolbox.png(draw(groups, statistics)))
     text = write_report(groups, problems, args.folders).encode(errors="surrogateescape")
-    output = user_path(args.output)
-    toolbox.write_output(output / "curves.png", picture)
-    toolbox.write_output(output / "report.md", text)
-    for problem in problems:
-        print(f"  {problem}")
-    print(f"{len(problems)} problems; {output / 'report.md'} and {output / 'curves.png'} are written")
+    toolbox.write_output(args.output / "report.md", text)
+    print(
+        "\n".join([*problems, f"{len(problems)} problems; report.md and two pictures are in {args.output}"])
+    )
 
 
-if __name__ == "__main__":  # without common.runs.run_command(), which loads PyTorch
-    if sys.stdout:  # else it was closed by the shell
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        main(tyro.cli(Args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # nobody reads the output; the report is written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+if __name__ == "__main__":
+    run_command(main, Args)

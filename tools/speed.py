@@ -27,10 +27,8 @@ import torch
 import tyro
 
 import toolbox
-from common.devices import about_processor, accelerated, default_threads, use_device
-from common.runs import run_command
-from common.settings import Positive, check_bounds, parse_args
-from common.tasks import UserError
+from common.cli import Positive, Threads, UserError, check_bounds, parse_args, run_command
+from common.devices import compiled, cuda_graphed, default_threads, use_device
 
 # The process of one script. It imports the speed.py of the script's own checkout.
 WORKER = """
@@ -63,7 +61,7 @@ class Args:
     commands: Annotated[list[str], tyro.conf.Positional]  # scripts, each in quotes with its arguments
     rounds: Positive[int] = 5  # how often the scripts take turns
     seconds: Positive[float] = 2.0  # time per script and round for training, and again for acting
-    num_threads: Positive[int] = default_threads()  # threads on a CPU, where a script is not given others
+    num_threads: Threads[int] = default_threads()  # threads on a CPU, where a script is not given others
     obs_dim: Positive[int] = 11  # size of the random observations
     action_dim: Positive[int] = 3  # size of the random actions
     transitions: Positive[int] = 100_000  # number of random transitions
@@ -79,12 +77,16 @@ def prepare(command: str, args: Args) -> tuple[Callable, Callable]:
     torch.manual_seed(script_args.seed)
     agent = toolbox.agent_class(script)(args.obs_dim, args.action_dim, script_args, device)
     shapes = {"obs": (args.obs_dim,), "action": (args.action_dim,), "next_obs": (args.obs_dim,)}
-    columns = {
-        field: torch.rand(args.transitions, *shapes.get(field, ()), device=device) * 2 - 1
-        for field in script.Batch._fields
-    }
-    data = script.Batch(**columns | {"terminal": torch.zeros(args.transitions, device=device)})
-    update = accelerated(partial(agent.update, data), agent, script_args)
+    columns = [
+        torch.rand(args.transitions, *shapes.get(name, ()), device=device) for name in script.Batch._fields
+    ]
+    data = script.Batch(*(2 * column - 1 for column in columns))._replace(
+        terminal=torch.zeros_like(columns[2])
+    )
+    if script_args.compile:
+        losses = [name for name in dir(agent) if name.endswith("_loss")]  # which train() names one by one
+        vars(agent).update(zip(losses, compiled(*(getattr(agent, name) for name in losses)), strict=True))
+    update = cuda_graphed(partial(agent.update, data), device, script_args.cuda_graph)
     obs, steps = torch.zeros(1, args.obs_dim), cycle(range(args.transitions))  # QVPO's, as a buffer fills
 
     def train() -> None:
@@ -96,24 +98,17 @@ def prepare(command: str, args: Args) -> tuple[Callable, Callable]:
 
 def start(command: str, args: Args) -> subprocess.Popen:
     """The process of one script, of this checkout or, if the script is a path, of the one it lies in."""
-    try:
-        script, *words = shlex.split(command)
-    except ValueError:
-        raise UserError(f"{command!r} is no script with its arguments") from None
-    path = Path(os.path.expanduser(script))
+    script, *words = shlex.split(command) or [""]
+    path = Path(script).expanduser()
     root = toolbox.ROOT if path.name == script else path.resolve().parent
     if not (root / "tools" / "speed.py").exists():
         raise UserError(f"{root} has no tools/speed.py: it is no checkout of this project")
     words = [shlex.join([path.name, *words]), args.seconds, args.obs_dim, args.action_dim, args.transitions]
-    threads = {"OMP_NUM_THREADS": str(args.num_threads), "OMP_WAIT_POLICY": "passive"}
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", WORKER, *map(str, words)],
-        env=os.environ | threads | {"PYTHONPATH": f"{root / 'tools'}:{root}"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # a Ctrl-C in the terminal does not reach it
-    )
+    environment = {"OMP_NUM_THREADS": str(args.num_threads), "OMP_WAIT_POLICY": "passive"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root / "tools"), str(root)])
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-P", "-c", WORKER, *map(str, words)]
+    return subprocess.Popen(command, env=os.environ | environment, **streams)
 
 
 def rate(process: subprocess.Popen, which: int) -> float:
@@ -127,8 +122,6 @@ def rate(process: subprocess.Popen, which: int) -> float:
 
 def measure(args: Args) -> list[list[list[float]]]:
     """[round][script][0 for training, 1 for acting]: calls per second."""
-    if not args.commands:
-        raise UserError("nothing to measure: name a script")
     processes = []
     try:
         for command in args.commands:
@@ -144,8 +137,9 @@ def processor() -> str:
     """The GPU, or vendor and model of the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    found = re.findall(r"^(?:vendor_id|model name)\s*: (.+)", about_processor(), re.M)
-    return " ".join(found[:2]) or platform.machine()
+    about = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    found = re.findall(r"^(?:vendor_id|model name)\s*: (.+)", about, re.M)
+    return " ".join(found[:2]) or platform.processor()
 
 
 def main(args: Args) -> None:

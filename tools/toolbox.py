@@ -1,16 +1,15 @@
-"""What the tools share: names, recorded runs, intervals, what they write. It loads no PyTorch.
+"""What the tools share: scripts by name, recorded runs, intervals, what they write. It loads no PyTorch.
 
-Each tool imports this module first: then it finds the scripts and common/, wherever it is started.
+Each tool imports this module before common/: it makes that, and the scripts, importable from any folder.
 """
 
-import contextlib
 import difflib
 import importlib
 import io
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -19,15 +18,20 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.tasks import UserError  # noqa: E402
+from common import FORMAT  # noqa: E402
+from common.cli import UserError  # noqa: E402
+from common.scores import normalized_score  # noqa: E402
 
-FORMAT = 2  # of results.json, as in common/checkpoints.py
+FORMATS = (2, FORMAT)  # of results.json: the recorded runs in docs/results are of the first
 # Where and how a run is made, not what it learns: runs that differ in these alone are the same run.
 WHERE_AND_HOW = {"run_dir", "resume", "device", "num_threads", "compile", "cuda_graph"}
 WHERE_AND_HOW |= {"log_every", "save_every"}
+# Okabe and Ito's colours, which the colour-blind can tell apart: in every figure the same for a script.
+COLORS = {"dac": "#0072B2", "diffusion_ql": "#D55E00", "dtql": "#009E73", "edp_crr": "#E69F00"}
+COLORS |= {"edp_iql": "#56B4E9", "edp_td3": "#CC79A7", "qvpo_online": "#000000"}
 
 
-# === What the user gives ===
+# === Scripts ===
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:
     """UserError, with the nearest of the known names, for another one."""
     known = list(known)
@@ -43,16 +47,11 @@ def take_words_for_scripts() -> list[str]:
     return words
 
 
-# === Scripts ===
 def load_script(name: str) -> ModuleType:
-    """The module of the script with that name. UserError: there is none, or it cannot be imported."""
-    known = sorted(path.stem for path in ROOT.glob("*.py") if "\ndef train(" in path.read_text())
+    """The module of the script with that name. UserError: there is none."""
     name = name.removesuffix(".py")
-    check_name("script", name, known)
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise UserError(f"{name}.py cannot be imported: {type(error).__name__}: {error}") from error
+    check_name("script", name, sorted(p.stem for p in ROOT.glob("*.py") if "\ndef train(" in p.read_text()))
+    return importlib.import_module(name)
 
 
 def agent_class(script: ModuleType) -> type:
@@ -80,58 +79,38 @@ class RecordedRun:
     unit: str = "return"  # or score, where all evaluations have one
     evaluations: dict[int, float] | None = None  # step -> score or return
     hours: float = 0.0
-    changes: list[tuple[int, dict]] = field(default_factory=list)  # step of a resume, setting -> its values
 
 
 def read_run(folder: Path) -> RecordedRun:
     """UserError: a file there is damaged, or of another version of the scripts."""
     path = folder / "config.json"
     try:
-        config = read_json(path)
-        script, args, sources = text(config["script"]), dict(config["args"]), dict(config["sources"])
-        run = RecordedRun(folder, config, script, args, sources)
-        run.args |= {"env_id": text(run.args["env_id"]), "seed": whole(run.args["seed"])}
+        config = json.loads(path.read_text())
+        run = RecordedRun(folder, config, config["script"], dict(config["args"]), dict(config["sources"]))
         path = folder / "results.json"
         if not path.exists():
             return run
-        results = read_json(path)
-        if results["format"] != FORMAT:
-            raise ValueError(f"format {results['format']}, not {FORMAT}")
-        scored = all(each["normalized_score"] is not None for each in results["evaluations"])
-        run.unit, column = ("score", "normalized_score") if scored else ("return", "return_mean")
-        run.evaluations = {whole(each["step"]): float(each[column]) for each in results["evaluations"]}
-        run.step, run.total_steps = whole(results["step"]), whole(results["total_steps"])
-        run.finished, run.hours = results["finished"] is True, float(results["train_seconds"]) / 3600
-        for change in map(dict, results.get("changes", [])):
-            step = whole(change.pop("step"))
-            run.changes.append((step, {name: (old, new) for name, (old, new) in change.items()}))
-        run.data = None if results["data"] is None else text(results["data"])
-        mean = results["data_mean"][run.unit]
-        run.data_score = None if mean is None else float(mean)
+        results = json.loads(path.read_text())
+        if results["format"] not in FORMATS:
+            raise ValueError(f"format {results['format']}, not {FORMATS[-1]}")
+        run.step, run.total_steps = results["step"], results["total_steps"]
+        run.finished, run.hours = results["finished"], results["train_seconds"] / 3600
+        returns = {each["step"]: float(each["return_mean"]) for each in results["evaluations"]}
+        scores = {each["step"]: each["normalized_score"] for each in results["evaluations"]}
+        run.unit = "return" if None in scores.values() else "score"
+        run.evaluations = returns if run.unit == "return" else scores
+        run.data, run.data_score = results["data"], results["data_mean"]
+        if isinstance(run.data_score, dict):  # format 2
+            run.data_score = run.data_score[run.unit]
+        elif run.unit == "score" and run.data_score is not None:
+            run.data_score = normalized_score(run.data_score, results["reference_returns"])
         return run
     except (OSError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is damaged, or of another version of the scripts ({reason})") from error
 
 
-def read_json(path: Path) -> object:
-    if not path.is_file():  # to open a pipe would take forever
-        raise OSError("it is no file")
-    return json.loads(path.read_text())
-
-
-def text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value} is no text")
-    return value
-
-
-def whole(value: object) -> int:
-    """A number of 64 bits; ArithmeticError, TypeError or ValueError for anything else."""
-    return int(np.int64(value))
-
-
-# === Statistics ===
+# === Statistics and files ===
 def interval(*samples: np.ndarray, statistic: Callable = np.mean) -> tuple[np.ndarray, np.ndarray] | None:
     """Ends of the 95 % bootstrap interval (percentiles) of a statistic of all samples together.
 
@@ -139,56 +118,41 @@ def interval(*samples: np.ndarray, statistic: Callable = np.mean) -> tuple[np.nd
     """
     if min(sample.shape[-1] for sample in samples) < 2:
         return None
-    import scipy.stats  # here, because that takes a second
+    from scipy.stats import bootstrap  # here, because that takes a second
 
-    found = scipy.stats.bootstrap(
-        samples,
-        lambda *drawn, axis: statistic(np.concatenate(drawn, axis=axis), axis=axis),
-        vectorized=True,
-        axis=-1,
-        batch=500,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return found.confidence_interval.low, found.confidence_interval.high
+    def pooled(*drawn: np.ndarray, axis: int) -> np.ndarray:
+        return statistic(np.concatenate(drawn, axis=axis), axis=axis)
+
+    options = {"vectorized": True, "axis": -1, "batch": 500, "method": "percentile"}
+    found = bootstrap(samples, pooled, rng=np.random.default_rng(0), **options).confidence_interval
+    return found.low, found.high
 
 
-# === Pictures and files ===
 def pyplot() -> ModuleType:
-    """matplotlib.pyplot, drawing without a screen. UserError: it cannot."""
-    try:
-        import matplotlib
+    """matplotlib.pyplot, drawing without a screen."""
+    import matplotlib
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except (ImportError, ValueError) as error:
-        raise UserError(f"the figures need matplotlib and its backend Agg: {error}") from error
-    return plt
+    matplotlib.use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
 
 
-def png(figure, dpi: int = 90, num_colors: int | None = None) -> bytes:
+def png(figure, dpi: int = 120, num_colors: int = 96) -> bytes:
     """The figure as a PNG, the same bytes each time; few colours suffice for lines, and take less space."""
     from PIL import Image  # brought by matplotlib
 
-    picture, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(picture, format="png", dpi=dpi, metadata={"Software": None})
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
     pyplot().close(figure)
-    if num_colors is None:
-        return picture.getvalue()
-    Image.open(picture).convert("RGB").quantize(num_colors).save(small, format="png", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(num_colors).save(small, format="png", optimize=True)
     return small.getvalue()
 
 
 def write_output(path: Path, content: bytes) -> None:
     """A file, whole or not at all, and its folder; without content only a trial. UserError: it cannot be."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
-        if content:
-            part.replace(path)
+        part.replace(path) if content else part.unlink()
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --output") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        raise UserError(f"cannot write {path}: {error}; make room or choose another folder") from error

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from conformance import jax_formulas
 from conformance.files import CPU, LeftOut, rounded, statistics
-from conformance.jax_formulas import bias, chain_noise, drawn, kernel
+from conformance.jax_formulas import bias, chain_noise, drawn, kernel, raw_gradients, whole_batch
 
 import dac
 
@@ -52,7 +52,7 @@ def parameters_of(agent, take=lambda parameter: parameter):
     for name, critic in (("critic", agent.critic), ("critic_tar", agent.critic_target)):
         for layer, linear in enumerate(critic.layers):
             weight, bias = take(linear.weight), take(linear.bias)
-            for k in range(critic.num_qs if weight is not None else 0):
+            for k in range(0 if weight is None else len(weight)):
                 tensors[f"{name}.k{k}.l{layer}.weight"] = weight[k].T
                 tensors[f"{name}.k{k}.l{layer}.bias"] = bias[k, 0]
     return tensors
@@ -74,8 +74,8 @@ def make_agent(case, **overrides):
     return agent
 
 
-def make_draws(draws):
-    """Draws by meaning, from the entries of one update; what an update does not use is left empty."""
+def make_draws(agent, draws):
+    """Draws by meaning, from the entries of one update; what it does not have is drawn."""
     critic = [draw for draw in draws if "critic update" in draw["why"]]
     denoised = [draw for draw in draws if "denoised" in draw["why"]]
     of = {
@@ -87,7 +87,8 @@ def make_draws(draws):
         "action_noise": [chain_noise(denoised)] if denoised else [],
     }
     assert all(len(found) <= 1 for found in of.values()), "a meaning that occurs twice in one update"
-    return dac.Draws(**{name: found[0] if found else torch.empty(0) for name, found in of.items()})
+    given = {name: found[0] for name, found in of.items() if found}
+    return agent.draw(len(given["t"]) if "t" in given else agent.args.batch_size)._replace(**given)
 
 
 def make_batch(case):
@@ -96,27 +97,21 @@ def make_batch(case):
 
 
 def compare_update(case, agent, entry, draws, update_number=1):
-    """Run the parts of an update that the draws belong to; compare metrics, gradients, parameters and eta."""
+    """Update the networks that the draws belong to; compare metrics, gradients, parameters and eta."""
     # In float32, gradients of the authors' own code are up to 4e-5 from their double-precision run in a first
     # update; in later updates Adam has amplified the rounding of near-zero gradients.
     later = update_number > 1
-    batch, metrics = make_batch(case), {}
-    draws_by_meaning = make_draws(draws)
-    gradients = {}
-
-    def descend(name, loss, metrics, original=agent.descend):
-        network = getattr(agent, name)
-        network_gradients = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
-        gradients.update(zip(map(id, network.parameters()), network_gradients, strict=True))
-        return original(name, loss, metrics)
-
-    agent.descend = descend
-    if any("critic update" in draw["why"] for draw in draws):
-        metrics |= agent.descend("critic", *agent.critic_loss(batch, draws_by_meaning))
-        dac.polyak_update(agent.critic_target, agent.critic, agent.args.tau)
-    if any("actor update" in draw["why"] for draw in draws):
-        metrics |= agent.update_actor(batch, draws_by_meaning)
-    del agent.descend
+    batch = make_batch(case)
+    agent.args.batch_size = len(batch.obs)
+    for name in ("critic", "actor"):
+        if not any(f"{name} update" in draw["why"] for draw in draws):  # then it stays as it is
+            agent.optimizers[name].param_groups[0]["lr"].fill_(0)
+            if name == "critic":
+                agent.args.tau = 0.0
+            else:
+                agent.actor_tau.fill_(0)
+    with raw_gradients(agent) as gradients, whole_batch(agent, make_draws(agent, draws)):
+        metrics = agent.update(batch)
 
     compared = set()
     for name, expected in entry.items():

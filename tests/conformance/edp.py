@@ -9,7 +9,7 @@ import pytest
 import torch
 from conformance import jax_formulas
 from conformance.files import CPU, LeftOut, rounded, statistics
-from conformance.jax_formulas import bias, drawn, kernel
+from conformance.jax_formulas import bias, drawn, kernel, raw_gradients, whole_batch
 
 # golden option: argument of the scripts; a script ignores what it has no argument for
 OPTIONS = {
@@ -201,24 +201,6 @@ def make_batch(case):
     return script_of(case).Batch(*(case.inputs[name] for name in names))
 
 
-def update(agent, batch, draws):
-    """One update on the whole batch, and the gradients of its losses before clipping."""
-    gradients = {}
-
-    def descend(name, loss, metrics, original=agent.descend):
-        learned = [*getattr(agent, name).parameters()]
-        of_loss = torch.autograd.grad(loss, learned, retain_graph=True)
-        gradients.update(zip(map(id, learned), of_loss, strict=True))
-        return original(name, loss, metrics)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agent, "descend", descend)
-        patch.setattr(agent, "draw", lambda batch_size: draws)
-        patch.setattr(torch, "randint", lambda high, size, device: torch.arange(high))  # all rows, in order
-        metrics = agent.update(batch)
-    return metrics, gradients
-
-
 def compare_update(case, agent, entry, draws, number):
     """Run one update with the draws; compare metrics, gradients and parameters."""
     iql = algorithm_of(case) == "IQL"
@@ -229,7 +211,8 @@ def compare_update(case, agent, entry, draws, number):
         assert bool(agent.actor_tau > 0) == entry["policy_tgt_update"]
     compare_next_actions(case, agent, entry, draws)
     elbo = getattr(agent.args, "likelihood", "") == "elbo"
-    metrics, gradients = update(agent, make_batch(case), make_draws(case, draws))
+    with raw_gradients(agent) as gradients, whole_batch(agent, make_draws(case, draws)):
+        metrics = agent.update(make_batch(case))
     names = METRICS | METRICS_OF[algorithm_of(case)]
     compared = [name for name in names if name in entry["metrics"] and names[name] in metrics]
     for name in compared:

@@ -8,6 +8,15 @@ import torch
 CPU = torch.device("cpu")
 
 
+def units(largest, count=8):
+    """A few units in the last place of float32, for numbers that come from others as large as `largest`.
+
+    What a float32 number may be off, as an error relative to 1 + |number|: the bound of our single precision,
+    and of our double precision where the file has what the authors computed in float32.
+    """
+    return count * 2.0**-23 * largest
+
+
 class LeftOut(Exception):
     """A case, or a section of one, needs an option of the official code that the script does not have."""
 

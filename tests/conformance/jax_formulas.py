@@ -1,8 +1,10 @@
 """Weights and draws by the formulas of the golden files of the JAX codes (dac_*, edp_*)."""
 
 import re
+from contextlib import contextmanager
 
 import numpy as np
+import pytest
 import torch
 from conformance.files import rounded
 
@@ -39,6 +41,30 @@ def chain_noise(draws) -> torch.Tensor:
     prior = next(draw for draw in draws if "prior" in draw["why"])
     steps = next(draw for draw in draws if "per step" in draw["why"])
     return torch.cat([drawn(prior), drawn(steps)[:-1]])
+
+
+@contextmanager
+def raw_gradients(agent):
+    """Within, id(parameter) -> its gradient as a loss has it, before it is clipped."""
+    gradients = {}
+
+    def keep(parameter):
+        gradients[id(parameter)] = parameter.grad.clone()
+
+    learned = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(keep) for parameter in learned]
+    yield gradients
+    for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
+def whole_batch(agent, draws):
+    """Within, an update takes all rows, in order, and these draws."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agent, "draw", lambda batch_size: draws)
+        patch.setattr(torch, "randint", lambda high, size, device: torch.arange(high))
+        yield
 
 
 def check_inputs_follow_their_formulas(case):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conformance import torch_formulas
-from conformance.files import CPU, rounded, statistics
+from conformance.files import CPU, rounded, statistics, units
 from conformance.torch_formulas import batch_columns, drawn, draws_by_meaning, filled, rounded_tables
 
 import qvpo_online
@@ -41,10 +41,10 @@ OTHER = {
 # and one and two threads, in single and double precision.
 ROUNDED = 1e-7  # 5.4e-8: only rounded to float32
 SCHEDULE = 1e-5  # 6.5e-6: the authors compute in single precision, where 1 - beta_T has lost three digits
-NETWORK = 1e-6  # 7.5e-8
+NETWORK = units(1)  # 7.5e-8
 ACTION = 2e-5  # 2.2e-6: of a whole chain, with that schedule
-VALUE = 4e-6  # 3.4e-7: of such actions
-FIRST_STEP = 1e-5  # 5.3e-7
+VALUE = units(4)  # 3.4e-7: of such actions
+FIRST_STEP = units(10)  # 5.3e-7
 LATER_STEP = 5e-4  # 1.3e-6, but Adam's first steps can amplify the rounding of near-zero gradients
 PARAMETER = 1e-3  # 6.8e-6, likewise
 
@@ -87,7 +87,7 @@ def parameters_of(agent, take=lambda parameter: parameter):
         tensors[name] = [take(parameter) for linear in linears for parameter in (linear.weight, linear.bias)]
     for name in ("critic", "critic_target"):
         critic, of_network = getattr(agent, name), []
-        for k in range(critic.num_qs):
+        for k in range(2):
             for layer in critic.layers:
                 weight, bias = take(layer.weight), take(layer.bias)
                 of_network += [None, None] if weight is None else [weight[k].T, bias[k, 0]]
@@ -190,7 +190,7 @@ def check_forward(case):
         close(case, actor(batch.action, actor.shared(batch.obs, t)), forward[name], name, NETWORK)
     for suffix, critic in (("", agent.critic), ("_target", agent.critic_target)):
         q = critic(batch.obs, batch.action)
-        expected = [forward[f"q{k + 1}{suffix}"] for k in range(critic.num_qs)]
+        expected = [forward[f"q{k + 1}{suffix}"] for k in range(len(q))]
         close(case, q, expected, f"critic{suffix}", NETWORK)
 
 
