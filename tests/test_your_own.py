@@ -1,39 +1,58 @@
-"""docs/your_own.md: its diff turns edp_iql.py into a script that all tools and checks accept.
+"""docs/your_own.md: its diffs turn scripts into others, which all tools and checks accept, and which learn.
 
-If the diff no longer applies, let patch mark where, correct that in idql.py, and write the diff anew:
+If a diff no longer applies, let patch mark where, correct that in the new script, and write the diff anew:
 
-    patch --merge -o idql.py edp_iql.py docs/idql.diff
-    diff -u --label edp_iql.py --label idql.py edp_iql.py idql.py > docs/idql.diff
+    patch --merge -o fql.py dtql.py docs/fql.diff
+    diff -u --label dtql.py --label fql.py dtql.py fql.py > docs/fql.diff
 """
 
 import importlib
+import json
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import shape_comments
 import torch
+from agents import sampled_actions
 from runs import AGENTS, ROOT
 from siblings import SCRIPTS, check_anatomy, differences
 
-DIFF = ROOT / "docs" / "idql.diff"
-VARIANT = {"greedy": False, "sampler": "dpm", "noise_schedule": "linear"}  # what the defaults do not reach
+from common.bandits import bandit_mode
+from common.datasets import load_dataset
+from common.tasks import find_task
+
+PAGE = (ROOT / "docs" / "your_own.md").read_text()
+EXAMPLES = {  # script -> what it is made from, its agent, and options that the defaults do not reach
+    "idql": ("edp_iql", "IDQL", {"greedy": False, "sampler": "dpm", "noise_schedule": "linear"}),
+    "fql": ("dtql", "FQL", {"q_agg": "min", "normalize_q_loss": True}),
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A copy of the repository in which idql.py was made by the command of the page."""
+    """A copy of the repository in which the commands of the page made the scripts."""
     folder = tmp_path_factory.mktemp("repository")
     for name in ("common", "docs", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    shutil.copy(ROOT / "edp_iql.py", folder)
-    text = (ROOT / "docs" / "your_own.md").read_text()
-    [command] = re.findall(r"^    (patch .*)$", text, re.MULTILINE)
-    done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0 and "fuzz" not in done.stdout, f"{done.stdout}\n{__doc__}"
+    for name, (old, *_) in EXAMPLES.items():
+        shutil.copy(ROOT / f"{old}.py", folder)
+        [command] = re.findall(rf"^    (patch -o {name}.py .*?) &&", PAGE, re.MULTILINE)
+        done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0 and not re.search("fuzz|offset", done.stdout), f"{done.stdout}\n{__doc__}"
     return folder
+
+
+@pytest.fixture(params=EXAMPLES)
+def example(request, folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    path, script = folder / f"{request.param}.py", importlib.import_module(request.param)
+    _, agent, options = EXAMPLES[request.param]
+    return SimpleNamespace(name=request.param, agent=agent, options=options, path=path, script=script)
 
 
 def python(folder, *words):
@@ -42,66 +61,89 @@ def python(folder, *words):
     return done.stdout
 
 
-def test_it_trains_and_is_evaluated(folder):
+def test_it_trains_and_is_evaluated(example, folder, tmp_path):
     sizes = "--total-steps 60 --eval-every 30 --eval-episodes 3 --batch-size 32 --hidden-dims 16 16"
-    output = python(folder, "idql.py", "--env-id", "bandit-corners-v0", *sizes.split())
-    assert "finished at step 60" in output
-    [run] = (folder / "runs").iterdir()
-    score = python(folder, "tools/evaluate.py", str(run), "--episodes", "3")
-    final = re.findall(r"step 60: return (\S+)", output)
-    assert re.findall(r"^return +(\S+)", score, re.MULTILINE) == final
+    python(folder, example.path, "--env-id", "bandit-corners-v0", "--run-dir", tmp_path, *sizes.split())
+    [run] = tmp_path.iterdir()
+    results = json.loads((run / "results.json").read_text())
+    assert (results["script"], results["step"], results["finished"]) == (example.name, 60, True)
+    assert re.search(r"^return +\S+", python(folder, "tools/evaluate.py", run, "--episodes", "3"), re.M)
 
 
-def test_it_is_a_sibling(folder):
-    assert check_anatomy(folder / "idql.py") == []
-    assert [message for path in SCRIPTS for message in differences(path, folder / "idql.py")] == []
+def test_it_is_a_sibling_in_the_style_of_the_scripts(example, folder):
+    assert check_anatomy(example.path) == []
+    assert [message for path in SCRIPTS for message in differences(path, example.path)] == []
+    for words in (["check"], ["format", "--check"]):
+        python(folder, "-m", "ruff", *words, "--config", ROOT / "pyproject.toml", example.path)
 
 
-def test_its_style_is_that_of_the_scripts(folder):
-    python(folder, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), "idql.py")
-    python(folder, "-m", "ruff", "format", "--check", "--config", str(ROOT / "pyproject.toml"), "idql.py")
+def test_its_shape_comments_are_true(example, monkeypatch):
+    monkeypatch.setitem(AGENTS, example.name, (example.agent, {}))
+    monkeypatch.setattr(shape_comments, "VARIANTS", [{}, example.options])
+    checked = shape_comments.run_checked(example.name, example.path.read_text())
+    assert checked.wrong == []
+    assert checked.checked == checked.comments.keys()
 
 
-def test_its_default_task_has_settings(folder):
-    python(folder, "idql.py", "--help")
+def test_it_finds_the_best_corner(example, tmp_path, monkeypatch):
+    actions = sampled_actions(example.script, example.agent, tmp_path, monkeypatch)
+    assert (bandit_mode("bandit-corners-v0", actions) == 3).mean() > 0.9  # FQL stops beside it: the page
 
 
-def test_its_shape_comments_are_true(folder, monkeypatch):
-    monkeypatch.setitem(AGENTS, "idql", ("IDQL", {}))
-    monkeypatch.setattr(shape_comments, "VARIANTS", [{}, VARIANT])
-    script = shape_comments.run_checked("idql", (folder / "idql.py").read_text())
-    assert script.wrong == []
-    assert script.checked == script.comments.keys()
+def test_the_page_quotes_and_counts_the_diffs():
+    diffs = {name: (ROOT / "docs" / f"{name}.diff").read_text() for name in EXAMPLES}
+    assert all(block in "".join(diffs.values()) for block in re.findall(r"```diff\n(.*?)```", PAGE, re.S))
+    for name, diff in diffs.items():
+        removed, added = (sum(line[0] == sign for line in diff.splitlines()[2:]) for sign in "-+")
+        assert f"[{name}.diff]({name}.diff): {removed} lines less, {added} more" in PAGE
 
 
-def test_it_acts_by_q_or_by_the_weight_of_the_expectile(folder, monkeypatch):
-    monkeypatch.syspath_prepend(folder)
-    script = importlib.import_module("idql")
+# === IDQL ===
+@pytest.mark.parametrize("example", ["idql"], indirect=True)
+def test_idql_acts_by_q_or_by_the_weight_of_the_expectile(example, monkeypatch):
     torch.manual_seed(0)
-    args = script.Args(hidden_dims=(16,), num_action_samples=7, expectile=0.9)
-    agent = script.IDQL(3, 2, args, torch.device("cpu"))
+    args = example.script.Args(hidden_dims=(16,), num_action_samples=7, expectile=0.9)
+    agent = example.script.IDQL(3, 2, args, torch.device("cpu"))
     obs, noise = torch.randn(5, 3), torch.randn(args.diffusion_steps, 35, 2)
     with torch.no_grad():
         states = obs.repeat_interleave(7, dim=0)
         actions = agent.sample(agent.actor, states, noise)
         q, value = agent.critic_target(states, actions).amin(0).view(5, 7), agent.value(obs).unsqueeze(1)
-    best = actions.view(5, 7, 2)[torch.arange(5), q.argmax(1)]
-    torch.testing.assert_close(agent.act(obs, noise), best)
+    weight = torch.where(q > value, 0.9, 0.1)
+    assert 0 < (q > value).sum() < 35
 
-    def most_likely(weight, count):
-        assert 0 < (q > value).sum() < 35
-        torch.testing.assert_close(weight, torch.where(q > value, 0.9, 0.1))
-        return weight.argmax(1, keepdim=True)
+    def most_likely(given, count):
+        torch.testing.assert_close(given, weight)
+        return given.argmax(1, keepdim=True)
 
-    args.greedy = False
     monkeypatch.setattr(torch, "multinomial", most_likely)
-    chosen = torch.where(q > value, 0.9, 0.1).argmax(1)
-    torch.testing.assert_close(agent.act(obs, noise), actions.view(5, 7, 2)[torch.arange(5), chosen])
+    for args.greedy, chosen in ((True, q.argmax(1)), (False, weight.argmax(1))):
+        torch.testing.assert_close(agent.act(obs, noise), actions.view(5, 7, 2)[torch.arange(5), chosen])
 
 
-def test_the_page_quotes_and_counts_the_diff():
-    lines, text = DIFF.read_text().splitlines(), (ROOT / "docs" / "your_own.md").read_text()
-    for block in re.findall(r"```diff\n(.*?)```", text, re.DOTALL):
-        assert block in DIFF.read_text()
-    removed, added = (len([line for line in lines[2:] if line[0] == sign]) for sign in "-+")
-    assert f"takes away {removed} lines and adds {added}" in text
+# === FQL ===
+def outside(script, steps, **changes):
+    """Losses that, as means over 250 steps, are four standard deviations and 10 % off the authors' mean."""
+    curves = json.loads((ROOT / "docs" / "fql.json").read_text())["losses of each seed"]
+    torch.manual_seed(0)
+    dataset, args = load_dataset(find_task("hopper-mini-v0")), script.Args(**changes)
+    actions = dataset.actions.clip(-1 + 1e-5, 1 - 1e-5)
+    columns = (dataset.observations, actions, dataset.rewards, dataset.next_observations, dataset.terminals)
+    data, agent = script.Batch(*map(torch.as_tensor, columns)), script.FQL(11, 3, args, torch.device("cpu"))
+    found = []
+    for i in range(steps // 250):
+        losses = [agent.update(data) for _ in range(250)]
+        for name, seeds in curves.items():
+            ours, theirs = np.mean([each[name] for each in losses]), np.array(seeds)[:, i]
+            width = max(4 * theirs.std(ddof=1), 0.1 * abs(theirs.mean()))
+            if not abs(ours - theirs.mean()) <= width:
+                found.append(f"{name} {ours:.4g}, not {theirs.mean():.4g} +- {width:.2g}, to {250 * (i + 1)}")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["fql"], indirect=True)
+def test_fql_learns_as_its_authors_code_does(example):
+    assert outside(example.script, 500) == []
+    for mistake in ({"alpha": -10.0}, {"flow_steps": 1}):
+        assert any("distill_loss" in each for each in outside(example.script, 250, **mistake)), mistake
