@@ -372,7 +372,6 @@ class QVPO(nn.Module):
         loss.backward()
         metrics["actor_grad_norm"] = nn.utils.clip_grad_norm_(self.actor.parameters(), max_norm)
         self.optimizers["actor"].step()
-        # The targets
         polyak_update(self.actor_target, self.actor, self.args.tau)
         polyak_update(self.critic_target, self.critic, self.args.tau)
         return {name: value.detach() for name, value in (metrics | actor_metrics).items()}
@@ -382,8 +381,7 @@ class QVPO(nn.Module):
         if noise is None:
             noise = torch.randn(self.args.diffusion_steps, n, len(obs), self.action_dim, device=self.device)
         actions, q = self.candidates(obs, noise)
-        best = q.argmax(0)[None, :, None]  # (1, batch, 1)
-        return actions.take_along_dim(best, dim=0).squeeze(0)  # (batch, action_dim)
+        return actions[q.argmax(0), torch.arange(len(obs), device=self.device)]  # (batch, action_dim)
 
     def explore(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
         """The efficient behaviour policy of Sec. 4.4, for learning: the best of num_behavior_samples."""
@@ -524,8 +522,7 @@ def train(args: Args) -> dict:
             if run.step < args.learning_starts:
                 action = 2 * torch.rand(agent.action_dim) - 1  # (action_dim,)
             else:
-                obs = torch.from_numpy(experience.obs).to(device)  # (obs_dim,)
-                action = agent.explore(obs.unsqueeze(0)).squeeze(0).cpu()  # (action_dim,)
+                action = agent.explore(torch.from_numpy(experience.obs[None]).to(device))[0].cpu()
             episode = experience.step(action.numpy())
             run.add_losses(update() if run.step + 1 >= args.learning_starts else {})
             run.step += 1

@@ -40,6 +40,8 @@ def use_device(name: str, num_threads: int, matmul_precision: str) -> torch.devi
         device = torch.empty(0, device=chosen).device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # CUDA graphs and their streams are those of the current one
+        elif device.type != "cpu":
+            raise RuntimeError("it is neither cpu nor cuda")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} is not available: {reason}; try --device cpu") from error
