@@ -241,23 +241,6 @@ def test_a_run_with_other_settings_in_the_folder(name, value, counter):
         look_up(job)
 
 
-def test_a_damaged_file(counter):
-    job = job_of(counter)
-    record(job)
-    (job.folder / "a" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="a/config.json is damaged, or of another version of the scripts"):
-        run(counter)
-
-
-def test_a_dataset_is_the_same_by_any_path(counter, tmp_path, monkeypatch):
-    (tmp_path / "mine.hdf5").touch()
-    monkeypatch.chdir(tmp_path)
-    names = ("mine.hdf5", "./mine.hdf5", str(tmp_path / "mine.hdf5"))
-    jobs = [job_of(counter, "--dataset", name) for name in names]
-    assert len({job.folder for job in jobs}) == 1
-    assert jobs[0].words[-2:] == ("--dataset", f"{tmp_path}/mine.hdf5")
-
-
 def test_grid():
     """Task by task, seed by seed; sets of tasks are those of the papers' tables."""
     args = Args(["dac.py", "edp_td3"], ["hopper-medium-v2"], ["d4rl-gym", "d4rl-kitchen"], seeds=(0, 1, 0))
@@ -358,9 +341,3 @@ def test_mistakes(changes, words, message, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=message):
         benchmark.main(Args(**given | changes), words)
     assert not (tmp_path / "grid").exists()
-
-
-def test_without_ray(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match="needs Ray: pip install -r requirements-extras.txt"):
-        benchmark.main(Args(["dac"], [TASK], run_dir=str(tmp_path / "grid"), ray_address="auto"), [])

@@ -1,6 +1,5 @@
 """tools/evaluate.py: the scripts' own numbers again, a film, and clear failures."""
 
-import os
 import re
 
 import evaluate
@@ -13,8 +12,6 @@ from recordings import flags, write
 from runs import AGENTS, finish, load_script, python, results_of, tiny_settings, train
 
 from common.cli import UserError
-from common.envs import make_env
-from common.tasks import find_task
 
 
 @pytest.fixture(scope="module", params=AGENTS)
@@ -110,13 +107,6 @@ def test_screen(tmp_path, capsys):
     assert "seeds 10001 to 10002, some of which the training" in capsys.readouterr().out
 
 
-def test_a_task_without_reference_returns(finished, capsys):
-    score(finished, episodes=1)
-    out = capsys.readouterr().out
-    assert "score   unknown: no reference returns are known for Line-v0" in out
-    assert "interval" not in out  # of one episode
-
-
 # --- Films ---
 def test_video(finished, tmp_path, capsys):
     """A frame for every step, and what is drawn: white rows, as many as the place is high."""
@@ -134,44 +124,9 @@ def test_video(finished, tmp_path, capsys):
     assert [each.name for each in tmp_path.iterdir()] == ["line.mp4"]
 
 
-def test_a_strip_of_pictures(finished, tmp_path):
-    """Eight frames, (31, 30) each, of which every third pixel is kept: as many white rows as places left."""
-    score(finished, episodes=2, video=tmp_path / "line.png")
-    strip = imageio.imread(tmp_path / "line.png")
-    assert strip.shape == (11, 8 * 10, 3) and [each.name for each in tmp_path.iterdir()] == ["line.png"]
-    white = (strip.reshape(11, 8, 10, 3) > 128).mean(axis=(0, 2, 3)) * 31
-    env = line.Line()
-    env.reset(seed=1_000_000)
-    assert white[0] == pytest.approx(env.place + 15, abs=3)
-    assert np.ptp(white) > 1
-
-
-@pytest.mark.parametrize(("task", "camera"), [("Hopper-v4", 0), ("HalfCheetah-v5", 0)])
-def test_the_camera_follows_a_robot(task, camera):
-    renderer = make_env(find_task(task), tiny_settings(load_script("dac"))).unwrapped.mujoco_renderer
-    evaluate.follow(renderer)
-    assert renderer.camera_id == camera
-
-
 @pytest.fixture(scope="module")
 def mujoco_run(tmp_path_factory):
     return run_of("dac", tmp_path_factory.mktemp("mujoco"), "InvertedPendulum-v5", obs_dim=4)
-
-
-def test_video_of_mujoco(mujoco_run, tmp_path):
-    """Without a screen; skipped where there is no OpenGL, which the message must say then."""
-    path = tmp_path / "pendulum.mp4"
-    hidden = {name: "" for name in os.environ if "DISPLAY" in name} | {"MUJOCO_GL": ""}
-    words = [evaluate.__file__, mujoco_run, "--episodes", 1, "--video", path]
-    code, out, err = finish(python(*words, env=hidden))
-    if code == 2:
-        assert "MUJOCO_GL is egl" in err and not path.exists()
-        pytest.skip(f"no OpenGL here: {err.splitlines()[0]}")
-    assert (code, err) == (0, "")
-    frames = imageio.imread(path)
-    assert f"video   {path}: {len(frames)} frames, return " in out
-    assert frames.shape[1:] == (480, 480, 3)
-    assert frames.std() > 10 and np.abs(np.diff(frames.astype(int), axis=0)).mean() > 0.1
 
 
 def test_opengl_that_is_not_there(mujoco_run, tmp_path):
@@ -202,13 +157,6 @@ def test_an_environment_that_cannot_be_drawn(failure, message, finished, tmp_pat
     with pytest.raises(UserError, match=message):
         score(finished, video=tmp_path / "line.mp4")
     assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []
-
-
-def test_a_film_that_cannot_be_written(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "count_frames_and_secs", lambda path: (3, 0.1))
-    with pytest.raises(UserError, match="--video: cannot write .*line.mp4: the file is incomplete"):
-        score(finished, episodes=1, video=tmp_path / "line.mp4")
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- Mistakes ---

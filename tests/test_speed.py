@@ -8,13 +8,8 @@ import speed
 from runs import finish, python
 
 import toolbox
-from common.cli import UserError
 
 TINY = "--hidden-dims 8 8 --batch-size 4 --num-qs 2 --diffusion-steps"
-
-
-def test_agent_class():
-    assert toolbox.agent_class(toolbox.load_script("dac.py")).__name__ == "DAC"
 
 
 def test_table(capsys):
@@ -37,14 +32,6 @@ def test_ratios_are_medians_of_those_within_a_round(capsys, monkeypatch):
     assert rows == ["| `dac` | 4.0 | 1.00 | 10.0 | 1.00 |", "| `dtql` | 20.0 | 5.00 | 20.0 | 1.00 |"]
 
 
-def test_a_buffer_may_be_small():
-    """QVPO draws rows up to its step, of which there may be more than transitions."""
-    words = "--hidden-dims 8 8 --batch-size 4 --diffusion-steps 2 --num-train-samples 4"
-    train, _ = speed.prepare(f"qvpo_online {words}", speed.Args([], transitions=3))
-    for _ in range(20):
-        train()
-
-
 def test_another_checkout(tmp_path):
     """A script named by its path is run with all that lies beside it there."""
     for name in ("common", "tools"):
@@ -56,11 +43,6 @@ def test_another_checkout(tmp_path):
     code, out, err = finish(python(*words, cwd="/"))
     assert (code, err) == (0, "of the other checkout\n")
     assert f"| `{tmp_path}/dac.py {TINY} 2` |" in out
-
-
-def test_no_checkout():
-    with pytest.raises(UserError, match="/nowhere has no tools/speed.py: it is no checkout of this project"):
-        speed.main(speed.Args(["/nowhere/dac"]))
 
 
 @pytest.mark.parametrize(
