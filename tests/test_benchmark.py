@@ -3,7 +3,6 @@
 Most tests run a small program in place of the scripts, which makes steps as they do, without PyTorch.
 """
 
-import json
 import os
 import re
 import signal
@@ -289,7 +288,7 @@ TINY = ["--hidden-dims", 16, "--diffusion-steps", 2, "--batch-size", 8, "--eval-
 
 
 def test_command(tmp_path, capsys):
-    """A script gets SIGTERM when it has saved once; the same grid goes on from there, and is mended."""
+    """A script gets SIGTERM when it has saved once; the same grid goes on from there."""
     settings = ["--total-steps", "200", "--save-every", "20", "--eval-every", "100", *map(str, TINY)]
     words = ["--run-dir", tmp_path, "--seeds", 3, "--scripts", "dac", "--env-ids", TASK, "--", *settings]
     process = python(benchmark.__file__, *words, cwd="/")
@@ -308,13 +307,6 @@ def test_command(tmp_path, capsys):
     finished = results_of(folder)
     assert finished["finished"] and [each["step"] for each in finished["evaluations"]] == [100, 200]
 
-    older = finished | {"step": 180, "finished": False}  # as after a crash before the last results.json
-    (folder / "results.json").write_text(json.dumps(older))
-    benchmark.main(args, settings)
-    out = capsys.readouterr().out
-    assert "1 stopped" in out and f"finished  dac {TASK} 3" in out
-    assert results_of(folder) == finished
-
 
 # --- Mistakes ---
 @pytest.mark.parametrize(
@@ -325,11 +317,9 @@ def test_command(tmp_path, capsys):
         ({"env_ids": []}, [], "nothing to run: name --scripts, and tasks by --env-ids or --tasks"),
         ({"gpus_per_run": 1.0, "workers": 999}, [], "0 GPUs here have room for 0 runs"),
         ({"env_ids": ["Hopper-v4"]}, [], "dac cannot be trained on Hopper-v4: .* no transitions of its own"),
-        ({"env_ids": ["maze2d-umaze-v1"]}, [], "trained on maze2d-umaze-v1: "),
         ({}, ["--dataset", "none.hdf5"], "dac cannot be trained on .* there is no file none.hdf5"),
         ({}, ["--batch-size", "0"], "--batch-size is 0; it must be above 0"),
         ({}, ["--seed", "4"], "--seed after --: the grid sets it"),
-        ({}, ["--env-id", "hopper-mini-v0"], "--env-id after --: the grid sets it"),
         ({}, ["--nonsense", "1"], "dac.py does not take --nonsense 1"),
         ({"ray_address": "auto", "workers": 2}, [], "--workers is for one machine"),
     ],
