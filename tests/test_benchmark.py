@@ -93,7 +93,6 @@ def counter(tmp_path, monkeypatch):
     root = tmp_path / "root"
     root.mkdir()
     (root / "counter.py").write_text(COUNTER)
-    (root / "notes.py").write_text("print('no script')")
     monkeypatch.setattr(toolbox, "ROOT", root)
     monkeypatch.syspath_prepend(root)
     yield tmp_path / "grid"
@@ -320,7 +319,6 @@ def test_command(tmp_path, capsys):
         ({}, ["--dataset", "none.hdf5"], "dac cannot be trained on .* there is no file none.hdf5"),
         ({}, ["--batch-size", "0"], "--batch-size is 0; it must be above 0"),
         ({}, ["--seed", "4"], "--seed after --: the grid sets it"),
-        ({}, ["--nonsense", "1"], "dac.py does not take --nonsense 1"),
         ({"ray_address": "auto", "workers": 2}, [], "--workers is for one machine"),
     ],
 )  # fmt: skip

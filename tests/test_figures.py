@@ -6,7 +6,6 @@ from functools import partial
 import claims
 import pytest
 import speed
-from matplotlib.image import imread
 
 from common.cli import run_command
 
@@ -34,14 +33,10 @@ def run(monkeypatch, *words):
 
 @pytest.mark.parametrize("name", claims.CLAIMS)
 def test_a_claim(name, tmp_path, monkeypatch, capsys):
-    """Its panels have titles, its numbers are finite, and its picture is small."""
-    figures, draw = [], claims.CLAIMS[name]
-    monkeypatch.setitem(claims.CLAIMS, name, lambda seeds: figures.append(draw(seeds)) or figures[0])
+    """Its picture is there, and its numbers are finite."""
     assert run(monkeypatch, name, "--output", tmp_path / "new", "--seeds", 3) == 0
     [path] = (tmp_path / "new").iterdir()
-    height, width, _ = imread(path).shape
-    assert path.name == f"{name}.png" and width > height and path.stat().st_size < 100_000
-    assert all(panel.get_title() for panel in figures[0].axes)
+    assert path.name == f"{name}.png" and path.stat().st_size < 100_000
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 1 or name == "dtql_trust_region"
     assert "nan" not in str(lines)
