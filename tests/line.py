@@ -46,5 +46,4 @@ class Line(gym.Env):
 
 
 gym.register("Line-v0", "line:Line", max_episode_steps=10)
-gym.register("NestedLine-v0", "line:Line", max_episode_steps=10, kwargs={"nested": True})
 gym.register("ClassLine-v0", Line, max_episode_steps=10, kwargs={"shared": True})  # JSON has no classes

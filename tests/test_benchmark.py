@@ -3,7 +3,6 @@
 Most tests run a small program in place of the scripts, which makes steps as they do, without PyTorch.
 """
 
-import json
 import os
 import re
 import signal
@@ -94,7 +93,6 @@ def counter(tmp_path, monkeypatch):
     root = tmp_path / "root"
     root.mkdir()
     (root / "counter.py").write_text(COUNTER)
-    (root / "notes.py").write_text("print('no script')")
     monkeypatch.setattr(toolbox, "ROOT", root)
     monkeypatch.syspath_prepend(root)
     yield tmp_path / "grid"
@@ -241,23 +239,6 @@ def test_a_run_with_other_settings_in_the_folder(name, value, counter):
         look_up(job)
 
 
-def test_a_damaged_file(counter):
-    job = job_of(counter)
-    record(job)
-    (job.folder / "a" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="a/config.json is damaged, or of another version of the scripts"):
-        run(counter)
-
-
-def test_a_dataset_is_the_same_by_any_path(counter, tmp_path, monkeypatch):
-    (tmp_path / "mine.hdf5").touch()
-    monkeypatch.chdir(tmp_path)
-    names = ("mine.hdf5", "./mine.hdf5", str(tmp_path / "mine.hdf5"))
-    jobs = [job_of(counter, "--dataset", name) for name in names]
-    assert len({job.folder for job in jobs}) == 1
-    assert jobs[0].words[-2:] == ("--dataset", f"{tmp_path}/mine.hdf5")
-
-
 def test_grid():
     """Task by task, seed by seed; sets of tasks are those of the papers' tables."""
     args = Args(["dac.py", "edp_td3"], ["hopper-medium-v2"], ["d4rl-gym", "d4rl-kitchen"], seeds=(0, 1, 0))
@@ -306,7 +287,7 @@ TINY = ["--hidden-dims", 16, "--diffusion-steps", 2, "--batch-size", 8, "--eval-
 
 
 def test_command(tmp_path, capsys):
-    """A script gets SIGTERM when it has saved once; the same grid goes on from there, and is mended."""
+    """A script gets SIGTERM when it has saved once; the same grid goes on from there."""
     settings = ["--total-steps", "200", "--save-every", "20", "--eval-every", "100", *map(str, TINY)]
     words = ["--run-dir", tmp_path, "--seeds", 3, "--scripts", "dac", "--env-ids", TASK, "--", *settings]
     process = python(benchmark.__file__, *words, cwd="/")
@@ -325,13 +306,6 @@ def test_command(tmp_path, capsys):
     finished = results_of(folder)
     assert finished["finished"] and [each["step"] for each in finished["evaluations"]] == [100, 200]
 
-    older = finished | {"step": 180, "finished": False}  # as after a crash before the last results.json
-    (folder / "results.json").write_text(json.dumps(older))
-    benchmark.main(args, settings)
-    out = capsys.readouterr().out
-    assert "1 stopped" in out and f"finished  dac {TASK} 3" in out
-    assert results_of(folder) == finished
-
 
 # --- Mistakes ---
 @pytest.mark.parametrize(
@@ -342,12 +316,9 @@ def test_command(tmp_path, capsys):
         ({"env_ids": []}, [], "nothing to run: name --scripts, and tasks by --env-ids or --tasks"),
         ({"gpus_per_run": 1.0, "workers": 999}, [], "0 GPUs here have room for 0 runs"),
         ({"env_ids": ["Hopper-v4"]}, [], "dac cannot be trained on Hopper-v4: .* no transitions of its own"),
-        ({"env_ids": ["maze2d-umaze-v1"]}, [], "trained on maze2d-umaze-v1: "),
         ({}, ["--dataset", "none.hdf5"], "dac cannot be trained on .* there is no file none.hdf5"),
         ({}, ["--batch-size", "0"], "--batch-size is 0; it must be above 0"),
         ({}, ["--seed", "4"], "--seed after --: the grid sets it"),
-        ({}, ["--env-id", "hopper-mini-v0"], "--env-id after --: the grid sets it"),
-        ({}, ["--nonsense", "1"], "dac.py does not take --nonsense 1"),
         ({"ray_address": "auto", "workers": 2}, [], "--workers is for one machine"),
     ],
 )  # fmt: skip
@@ -358,9 +329,3 @@ def test_mistakes(changes, words, message, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=message):
         benchmark.main(Args(**given | changes), words)
     assert not (tmp_path / "grid").exists()
-
-
-def test_without_ray(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match="needs Ray: pip install -r requirements-extras.txt"):
-        benchmark.main(Args(["dac"], [TASK], run_dir=str(tmp_path / "grid"), ray_address="auto"), [])

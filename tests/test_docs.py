@@ -92,10 +92,6 @@ def test_commands_parse(command):
         assert check(file, [word for word in words if word != "--help"]) and (ROOT / file).exists()
 
 
-def test_there_are_commands():
-    assert {f"python {name}.py" for name in SCRIPTS} <= set(ALL_COMMANDS)
-
-
 # === Recorded runs ===
 @pytest.mark.parametrize(("page", "robot"), [("hopper.md", "hopper"), ("README.md", "halfcheetah")])
 def test_the_table_of_long_runs_is_that_of_their_results(page, robot):

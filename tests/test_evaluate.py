@@ -1,6 +1,5 @@
 """tools/evaluate.py: the scripts' own numbers again, a film, and clear failures."""
 
-import os
 import re
 
 import evaluate
@@ -13,8 +12,6 @@ from recordings import flags, write
 from runs import AGENTS, finish, load_script, python, results_of, tiny_settings, train
 
 from common.cli import UserError
-from common.envs import make_env
-from common.tasks import find_task
 
 
 @pytest.fixture(scope="module", params=AGENTS)
@@ -96,7 +93,6 @@ def test_screen(tmp_path, capsys):
     capsys.readouterr()
     score(path, episodes=50)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"dac on bandit-moons-v0, seed 0, step 24: {path}"
     seeds = "seeds 1000000 to 1000049, none of which the training evaluated on"
     assert lines[1] == f"  cpu, 50 episodes, {seeds}"
     number = r"(-?[\d.e-]+)"
@@ -105,16 +101,8 @@ def test_screen(tmp_path, capsys):
     scores = [float(value) for value in re.match(pattern.replace("return", "score "), lines[3]).groups()]
     assert scores == pytest.approx([100 * value for value in returns], rel=1e-3)
     assert returns[2] < returns[0] < returns[3]
-    assert lines[4] == "length  1 steps per episode"
     score(path, episodes=2, first_seed=10_001)
     assert "seeds 10001 to 10002, some of which the training" in capsys.readouterr().out
-
-
-def test_a_task_without_reference_returns(finished, capsys):
-    score(finished, episodes=1)
-    out = capsys.readouterr().out
-    assert "score   unknown: no reference returns are known for Line-v0" in out
-    assert "interval" not in out  # of one episode
 
 
 # --- Films ---
@@ -134,49 +122,10 @@ def test_video(finished, tmp_path, capsys):
     assert [each.name for each in tmp_path.iterdir()] == ["line.mp4"]
 
 
-def test_a_strip_of_pictures(finished, tmp_path):
-    """Eight frames, (31, 30) each, of which every third pixel is kept: as many white rows as places left."""
-    score(finished, episodes=2, video=tmp_path / "line.png")
-    strip = imageio.imread(tmp_path / "line.png")
-    assert strip.shape == (11, 8 * 10, 3) and [each.name for each in tmp_path.iterdir()] == ["line.png"]
-    white = (strip.reshape(11, 8, 10, 3) > 128).mean(axis=(0, 2, 3)) * 31
-    env = line.Line()
-    env.reset(seed=1_000_000)
-    assert white[0] == pytest.approx(env.place + 15, abs=3)
-    assert np.ptp(white) > 1
-
-
-@pytest.mark.parametrize(("task", "camera"), [("Hopper-v4", 0), ("HalfCheetah-v5", 0)])
-def test_the_camera_follows_a_robot(task, camera):
-    renderer = make_env(find_task(task), tiny_settings(load_script("dac"))).unwrapped.mujoco_renderer
-    evaluate.follow(renderer)
-    assert renderer.camera_id == camera
-
-
-@pytest.fixture(scope="module")
-def mujoco_run(tmp_path_factory):
-    return run_of("dac", tmp_path_factory.mktemp("mujoco"), "InvertedPendulum-v5", obs_dim=4)
-
-
-def test_video_of_mujoco(mujoco_run, tmp_path):
-    """Without a screen; skipped where there is no OpenGL, which the message must say then."""
-    path = tmp_path / "pendulum.mp4"
-    hidden = {name: "" for name in os.environ if "DISPLAY" in name} | {"MUJOCO_GL": ""}
-    words = [evaluate.__file__, mujoco_run, "--episodes", 1, "--video", path]
-    code, out, err = finish(python(*words, env=hidden))
-    if code == 2:
-        assert "MUJOCO_GL is egl" in err and not path.exists()
-        pytest.skip(f"no OpenGL here: {err.splitlines()[0]}")
-    assert (code, err) == (0, "")
-    frames = imageio.imread(path)
-    assert f"video   {path}: {len(frames)} frames, return " in out
-    assert frames.shape[1:] == (480, 480, 3)
-    assert frames.std() > 10 and np.abs(np.diff(frames.astype(int), axis=0)).mean() > 0.1
-
-
-def test_opengl_that_is_not_there(mujoco_run, tmp_path):
+def test_opengl_that_is_not_there(tmp_path):
     """MUJOCO_GL matters to a film alone, and is named there."""
-    words, nonsense = [evaluate.__file__, mujoco_run, "--episodes", 2], {"MUJOCO_GL": "bogus"}
+    run, nonsense = run_of("dac", tmp_path, "InvertedPendulum-v5", obs_dim=4), {"MUJOCO_GL": "bogus"}
+    words = [evaluate.__file__, run, "--episodes", 2]
     code, out, err = finish(python(*words, env=nonsense))
     assert (code, err) == (0, "") and "2 episodes" in out
     code, out, err = finish(python(*words, "--video", tmp_path / "film.mp4", env=nonsense))
@@ -184,31 +133,12 @@ def test_opengl_that_is_not_there(mujoco_run, tmp_path):
     assert "MUJOCO_GL is bogus" in err and err.count("\n") == 2
 
 
-@pytest.mark.parametrize(
-    ("failure", "message"),
-    [
-        (RuntimeError("no pygame"), "cannot be drawn here: RuntimeError: no pygame$"),
-        (None, "--video: Line-v0 cannot be drawn here: it has no rgb_array rendering"),
-    ],
-)
-def test_an_environment_that_cannot_be_drawn(failure, message, finished, tmp_path, monkeypatch, capsys):
+def test_an_environment_that_cannot_be_drawn(finished, tmp_path, monkeypatch, capsys):
     """It is said before the evaluation begins."""
-
-    def render(env):
-        if failure:
-            raise failure
-
-    monkeypatch.setattr(line.Line, "render", render)
-    with pytest.raises(UserError, match=message):
+    monkeypatch.setattr(line.Line, "render", lambda env: None)
+    with pytest.raises(UserError, match="Line-v0 cannot be drawn here: it has no rgb_array rendering"):
         score(finished, video=tmp_path / "line.mp4")
     assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []
-
-
-def test_a_film_that_cannot_be_written(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "count_frames_and_secs", lambda path: (3, 0.1))
-    with pytest.raises(UserError, match="--video: cannot write .*line.mp4: the file is incomplete"):
-        score(finished, episodes=1, video=tmp_path / "line.mp4")
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- Mistakes ---
@@ -235,9 +165,7 @@ def test_checkpoints_that_cannot_be_used(change, message, finished, tmp_path):
     ("options", "message"),
     [
         ({"video": evaluate.Path("line.gif")}, "--video line.gif is not a .mp4 or .png file in a folder"),
-        ({"video": evaluate.Path("none/line.mp4")}, "--video none/line.mp4 is not"),
         ({"device": "tpu"}, "--device tpu is not available"),
-        ({"env_kwargs": ("steps",)}, "--env-kwargs steps is neither JSON nor key=value"),
     ],
 )
 def test_mistakes(options, message, finished):

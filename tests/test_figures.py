@@ -4,10 +4,8 @@ import sys
 from functools import partial
 
 import claims
-import numpy as np
 import pytest
 import speed
-from matplotlib.image import imread
 
 from common.cli import run_command
 
@@ -35,38 +33,13 @@ def run(monkeypatch, *words):
 
 @pytest.mark.parametrize("name", claims.CLAIMS)
 def test_a_claim(name, tmp_path, monkeypatch, capsys):
-    """Its panels have titles, its numbers are finite, and its picture is small."""
-    figures, draw = [], claims.CLAIMS[name]
-    monkeypatch.setitem(claims.CLAIMS, name, lambda seeds: figures.append(draw(seeds)) or figures[0])
+    """Its picture is there, and its numbers are finite."""
     assert run(monkeypatch, name, "--output", tmp_path / "new", "--seeds", 3) == 0
     [path] = (tmp_path / "new").iterdir()
-    height, width, _ = imread(path).shape
-    assert path.name == f"{name}.png" and width > height and path.stat().st_size < 100_000
-    assert all(panel.get_title() for panel in figures[0].axes)
+    assert path.name == f"{name}.png" and path.stat().st_size < 100_000
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 1 or name == "dtql_trust_region"
     assert "nan" not in str(lines)
-
-
-def test_speeds_are_medians_with_ratios_to_the_first(monkeypatch, tmp_path, capsys):
-    assert run(monkeypatch, "dtql_speed", "--output", tmp_path) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "updates/s | edp_td3 | 2 | 2"
-    assert lines[6 + 2] == "actions/s | dtql | 30 | 3"
-
-
-def test_a_sweep_at_the_trained_setting_is_the_evaluation_of_the_run(capsys):
-    evaluations, agent = trained_as_a_script("edp_td3", "hopper-mini-v0", 0)
-    (_, [panel]), plan = claims.curves("score"), agent.plan
-    claims.sweep(panel, [agent], "hopper-mini-v0", "dpm_calls", (15, 6))
-    same, other = panel.lines[0].get_ydata()
-    assert same == pytest.approx(evaluations[-1]["normalized_score"])
-    assert other != same and agent.args.dpm_calls == 15 and agent.plan is plan
-
-
-def test_rows_are_means_and_seeds(capsys):
-    claims.row("soft", 1, reward=np.array([1.0, 2.0]), near_data=[0.5])
-    assert capsys.readouterr().out == "soft | reward 1.5 (1.0, 2.0) | near data 0.5 (0.5)\n"
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,6 @@ import hashlib
 import json
 import math
 import os
-import re
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -21,9 +18,6 @@ import numpy as np
 import parity
 import pytest
 from matplotlib.image import imread
-from torch.utils.tensorboard import SummaryWriter
-
-from common.cli import UserError
 
 FILES = [path for path in sorted(parity.AUTHORS.glob("*.json")) if "__" not in path.name]
 FOLDERS = [Path(os.environ["GOLDEN_DIR"])] if "GOLDEN_DIR" in os.environ else []
@@ -108,15 +102,6 @@ def made_up(folder, **changes):
     return path
 
 
-def test_names_of_the_authors_become_ours(tmp_path):
-    names = {"diff": "bc_loss", "qf1 + qf2": "critic_loss", "ql": "minus actor_q", "v": "mean of V"}
-    authors = parity.read_curves(
-        made_up(tmp_path, names=names | {"tgt": "target (q_mean follows it)"})
-    ).authors
-    expected = {"bc_loss": [1, 2], "critic_loss": [4, 5], "actor_q": [10, -5], "q_mean": [1, 8]}
-    assert {name: rows[1].tolist() for name, rows in authors.items()} == expected
-
-
 def test_the_p_value_is_the_share_of_all_ways_to_divide_the_seeds(tmp_path):
     draws = np.random.default_rng(0)
     theirs, ours = (
@@ -145,45 +130,6 @@ def test_the_p_value_is_the_share_of_all_ways_to_divide_the_seeds(tmp_path):
     assert parity.compare(curves, shifted)[2] == 1 / 35  # no other way is as far apart
 
 
-# === Bad input ===
-FIELDS = ("script", "settings", "ours", "data", "interval", "steps", "names", "seeds")
-DAMAGE = {f"lacks the field '{name}'": {name: None} for name in FIELDS}
-DAMAGE |= {
-    "lacks the field 'missing'": {"names": {"missing": "bc_loss"}},
-    "lacks the field 'losses'": {"seeds": {"0": {"logged_every": 1}}},
-    "lacks the field 'sha256'": {"data": {"file": "README.md"}},
-    "a number at each of 1 steps": {"steps": [12]},
-    "a number at each of 2 steps": {"steps": [10, 24]},
-    "AxisError": {"seeds": {}},
-    "TypeError": {"names": {"diff": 1}},
-    "No closing quotation": {"ours": "python 'dac.py"},
-    "its SHA-256 differs": {"data": {"file": "README.md", "sha256": "0"}},
-    "No such file": {"data": {"file": "missing.hdf5", "sha256": "0"}},
-}
-
-
-@pytest.mark.parametrize("message", DAMAGE)
-def test_a_damaged_file_gets_one_clear_error(tmp_path, message):
-    with pytest.raises(UserError, match=f"made_up.json.*{message}"):
-        parity.read_curves(made_up(tmp_path, **DAMAGE[message]))
-
-
-def test_other_arguments_than_the_script_has_are_named(tmp_path):
-    curves = parity.read_curves(made_up(tmp_path, ours="python dac.py --unknown 1"))
-    with pytest.raises(UserError, match="dac.py does not take --unknown 1"):
-        parity.train(curves, seed=0)
-
-
-def test_a_figure_without_its_runs(tmp_path):
-    path = parity.AUTHORS / "edp_iql__hopper-medium-sac.json"
-    message = "no run in .* is one to compare with the authors': edp_iql on hopper-medium-sac.hdf5"
-    with pytest.raises(UserError, match=message):
-        parity.main(parity.Args([path], runs=tmp_path, output=tmp_path))
-    words = ["docs/figures/parity.py", path, "--output", tmp_path, "--runs", tmp_path / "none"]
-    found = subprocess.run([sys.executable, *words], cwd=parity.ROOT, capture_output=True, text=True)
-    assert found.returncode == 2 and re.match(f"error: {message}\n$", found.stderr)
-
-
 # === Our curves ===
 def test_a_point_is_the_mean_over_the_steps_that_the_authors_logged(tmp_path):
     every_step = {"interval": 1, "steps": list(range(1, 25)), "names": {"diff": "bc_loss"}}
@@ -194,13 +140,6 @@ def test_a_point_is_the_mean_over_the_steps_that_the_authors_logged(tmp_path):
     for name in ("bc_loss", "critic_loss", "q_mean"):
         expected = np.reshape(steps[name], (2, 12))[:, ::3].mean(1)
         np.testing.assert_allclose(points[name], expected, rtol=1e-5, atol=1e-7)
-
-
-def test_what_comes_before_the_first_step_is_not_in_the_curves(tmp_path):
-    command = "python dtql.py --hidden-dims 8 8 --batch-size 16 --total-steps 24 --pretrain-steps 12"
-    curves = parity.read_curves(made_up(tmp_path, script="dtql", ours=command))
-    assert len(parity.train(curves, seed=0)["critic_loss"]) == 2
-    assert len(parity.train(curves, seed=0, intervals=1)["critic_loss"]) == 1
 
 
 def test_it_trains_once_draws_tests_and_tabulates(tmp_path, capsys, monkeypatch):
@@ -214,45 +153,3 @@ def test_it_trains_once_draws_tests_and_tabulates(tmp_path, capsys, monkeypatch)
     monkeypatch.delattr(parity, "train")  # what is kept is not trained again
     parity.main(args)
     assert capsys.readouterr().out.splitlines() == printed[-9:]
-
-
-def test_long_curves_are_read_from_run_folders(tmp_path, capsys):
-    seed = {"scores": [10, 20], "losses": {"diff": [1, 2]}}
-    long = {
-        "data": "some.hdf5",
-        "settings": "of hopper-medium-v2",
-        "logged_every": 10,
-        "names": {"diff": "bc_loss"},
-    }
-    path = made_up(tmp_path, **long, seeds={"0": seed}, interval=20, steps=[20, 40])
-
-    def add_run(name, seed, env_id="hopper-medium-v2", **given):
-        folder = tmp_path / "runs" / name
-        args = {"env_id": env_id, "seed": seed, "dataset": "elsewhere/some.hdf5"}
-        config = {"script": "dac", "args": args | given, "sources": dict.fromkeys(args | given, "given")}
-        with SummaryWriter(folder) as writer:
-            for step in (10, 20, 30, 40):
-                writer.add_scalar("losses/bc_loss", step, step)
-        (folder / "config.json").write_text(json.dumps(config))
-        evaluations = [
-            {"step": step, "normalized_score": seed + step, "return_mean": 0} for step in (20, 30, 40)
-        ]
-        results = {
-            "format": parity.toolbox.FORMATS[-1],
-            "evaluations": evaluations,
-            "step": 40,
-            "total_steps": 40,
-        }
-        results |= {"finished": True, "train_seconds": 1, "data": "some", "data_mean": {"score": 1}}
-        (folder / "results.json").write_text(json.dumps(results))
-
-    add_run("a", seed=1)
-    add_run("b", seed=2)
-    add_run("other task", seed=3, env_id="hopper-expert-v2")
-    add_run("other settings", seed=4, tau=0.1)
-    parity.main(parity.Args([path], runs=tmp_path / "runs", output=tmp_path))
-    seeds = json.loads((tmp_path / "made_up.json").read_text())["curves"][""]
-    assert seeds == {str(i): {"score": [20 + i, 40 + i], "bc_loss": [15, 35]} for i in (1, 2)}
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[-1] == "| `dac`, `some` | `bc_loss` | 40 | 2 (1) | 35 ± 0 (2) |"
-    assert imread(tmp_path / "long.png").shape[1] > 600

@@ -25,9 +25,6 @@ def small_agent(**options):
     return qvpo_online.QVPO(obs_dim=4, action_dim=DIMS, args=args, device=CPU)
 
 
-# --- Components ---
-
-
 # --- The update ---
 def test_update_draws_two_batches_from_what_is_stored(monkeypatch):
     agent = small_agent(batch_size=500)
@@ -46,15 +43,6 @@ def test_update_draws_two_batches_from_what_is_stored(monkeypatch):
         counts = np.bincount(obs[:, 0].int(), minlength=20)
         assert counts.min() > 5 and counts.sum() == 500
     assert not torch.equal(*seen)
-
-
-def test_what_depends_on_the_step():
-    agent = small_agent(total_steps=1000, entropy_weight=0.5, entropy_weight_min=0.2, replay_size=300)
-    expected = {0: (0.5, 1), 100: (0.45, 101), 299: (0.3505, 300), 600: (0.2, 300), 900: (0.2, 300)}
-    for step, (entropy_weight, num_stored) in expected.items():
-        agent.set_step(step)
-        assert agent.entropy_weight.item() == pytest.approx(entropy_weight)
-        assert agent.num_stored.item() == num_stored
 
 
 # --- Experience ---
@@ -195,9 +183,6 @@ def test_an_episode_that_cannot_be_played_again(env, capacity, tmp_path, capsys)
     [
         ({"env_id": "hopper-medium-v2"}, "hopper-medium-v2 names recorded data; .* such as Hopper-v4"),
         ({"num_chosen": 9}, "--num-chosen is 9, of only 4 candidates"),
-        ({"num_chosen": 0}, "--num-chosen is 0; it must be above 0"),
-        ({"entropy_weight": 0.0}, "--entropy-weight is 0.0; it must be above 0"),
-        ({"replay_size": 0}, "--replay-size is 0; it must be above 0"),
         (
             {"replay_size": 2**40, "total_steps": 2**40},
             r"transitions take [\d,.]+ GB.*: lower --replay-size",
