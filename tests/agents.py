@@ -36,23 +36,6 @@ def sampled_actions(script, agent_name, tmp_path, monkeypatch, **options):
     return agents[0].act(torch.zeros(1000, 1)).numpy()
 
 
-def check_act_by_softmax(agent, critic, noise, monkeypatch):
-    """act() draws one of 7 candidates in each of 5 states, by the softmax of the critic's lowest values."""
-    obs, seen = torch.randn(5, 4), []
-
-    def multinomial(probabilities, count):
-        seen.append(probabilities)
-        return torch.tensor([[0], [3], [6], [1], [2]])
-
-    monkeypatch.setattr(torch, "multinomial", multinomial)
-    action = agent.act(obs, noise)
-    with torch.no_grad():
-        candidates = agent.sample(agent.actor, obs.repeat_interleave(7, dim=0), noise).view(5, 7, 2)
-        q = torch.stack([critic(obs, candidates[:, j]).amin(0) for j in range(7)])  # (7, 5)
-    torch.testing.assert_close(seen[0], q.softmax(0).T)
-    torch.testing.assert_close(action, candidates[torch.arange(5), [0, 3, 6, 1, 2]])
-
-
 def check_no_waiting(update):
     """None of its operations reads a number back to the host, or has a shape that depends on one."""
 

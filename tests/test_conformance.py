@@ -8,7 +8,6 @@ goes through. Sizes, options and formulas come from the file; nothing about a ca
 import importlib
 import json
 import os
-import warnings
 from pathlib import Path
 
 import pytest
@@ -17,20 +16,6 @@ from conformance.files import Case, LeftOut
 
 HERE = Path(__file__).parent
 FOLDERS = [HERE / "golden", *map(Path, filter(None, [os.environ.get("GOLDEN_DIR")]))]
-# What no script has, with these files: known, and not worth a warning at each run.
-KNOWN = {
-    "sampler ddpm_sampler temperature 0.5",
-    "sampler ddpm_sampler without clip",
-    "sampler ddim_sampler ddim_step=5",
-    "sampler ddpm_sampler_with_q_guidance, scale 1/(eta+1e-6)",
-    "schedules linear, cosine",
-    "DPM-Solver that stops at 0.001 of 100 steps",
-    "ddim sampler",
-    "targets of denoiser, policy and V",
-    "deterministic evaluation in sample_action_deterministic",
-    "weights ['qrelu', 'qexpn', 'qcut0n', 'qcut1n']",
-    "running mean and deviation of Q, after each update",
-}
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.json"))
 
 
@@ -63,8 +48,6 @@ def test_conformance(path, double, check):
         torch.set_default_dtype(before)
     if not case.compared:
         pytest.skip(f"left out: {case.skipped}" if case.skipped else "the file has no numbers for this check")
-    if left_out := [each for each in case.skipped if each not in KNOWN]:
-        warnings.warn(f"{path.stem}: sections not compared, left out: {', '.join(left_out)}", stacklevel=1)
 
 
 def test_there_are_cases():

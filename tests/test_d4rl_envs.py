@@ -11,29 +11,20 @@ from common.d4rl_envs import HAND_TO_OBJECT, make_d4rl_env
 from common.tasks import D4RL_TASKS, find_task
 
 ADROIT = ["pen-human-v1", "door-human-v1", "hammer-human-v1", "relocate-human-v1"]
-D4RL_MAZES = {  # of d4rl/locomotion/maze_env.py: # wall, S start, G goal
-    "umaze": ["#####", "#S  #", "### #", "#G  #", "#####"],
-    "medium": [
-        "########",
-        "#S ##  #",
-        "#  #   #",
-        "##   ###",
-        "#  #   #",
-        "# #  # #",
-        "#   # G#",
-        "########",
-    ],
-    "large": [
-        "############",
-        "#S   #     #",
-        "# ## # # # #",
-        "#      #   #",
-        "# #### ### #",
-        "#  # #     #",
-        "## # # # ###",
-        "#  #   # G #",
-        "############",
-    ],
+MAPS = """
+#####  ########  ############
+#S  #  #S ##  #  #S   #     #
+### #  #  #   #  # ## # # # #
+#G  #  ##   ###  #      #   #
+#####  #  #   #  # #### ### #
+       # #  # #  #  # #     #
+       #   # G#  ## # # # ###
+       ########  #  #   # G #
+                 ############
+"""  # of d4rl/locomotion/maze_env.py: # wall, S start, G goal
+COLUMNS = {"umaze": slice(0, 5), "medium": slice(7, 15), "large": slice(17, 29)}
+D4RL_MAZES = {
+    size: [line[of] for line in MAPS.splitlines() if line[of].strip()] for size, of in COLUMNS.items()
 }
 
 
@@ -78,14 +69,6 @@ def test_sizes_seeds_and_horizon(task, obs_dim, action_dim):
     while not isinstance(wrapped, gymnasium.wrappers.TimeLimit):
         wrapped = wrapped.env
     assert wrapped._max_episode_steps == D4RL_TASKS[task]["horizon"]
-
-
-@pytest.mark.parametrize("task", ["antmaze-umaze-v0", "door-human-v1"])
-def test_episodes_are_cut_at_the_horizon(task):
-    env = make_env(task)
-    env.reset(seed=0)
-    ends = [(terminated, truncated) for _, _, terminated, truncated in random_steps(env, 2000)]
-    assert len(ends) == D4RL_TASKS[task]["horizon"] and ends[-1] == (False, True)
 
 
 # --- AntMaze ---
@@ -155,17 +138,6 @@ def test_antmaze_has_the_ant_of_d4rl():
     np.testing.assert_allclose(np.sort(np.abs(ant.data.qfrc_actuator))[-8:], 15)
     np.testing.assert_array_equal(ant.model.geom_solimp[:, :3], [[0.8, 0.8, 0.01]] * ant.model.ngeom)
     np.testing.assert_array_equal(ant.model.geom_solref, [[0.02, 1]] * ant.model.ngeom)
-
-
-def test_the_ant_is_stopped_by_the_walls():
-    """From the start, pushed left for a second, it stays in the first column (wall's face at x = -2)."""
-    env = make_d4rl_env("antmaze-umaze-v2", max_episode_steps=700)
-    obs, _ = env.reset(seed=0)
-    for _ in range(30):
-        obs[15:17] = -5, 0
-        place_ant(env, obs)
-        obs, *_ = env.step(np.zeros(8))
-    assert -2 < obs[0] < -0.5
 
 
 # --- Adroit ---

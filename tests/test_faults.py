@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ import pytest
 import runs
 import torch
 from recordings import flags, write
-from runs import assert_same_run, before_call, curves_of, finish, folder_in, load, results_of, resume, train
+from runs import assert_same_run, before_call, curves_of, folder_in, load, results_of, resume, train
 
 import common.runs
 import dac
@@ -58,9 +58,8 @@ def stopped(run_dir, monkeypatch, step=13, script=dac, **changes):
 def test_a_crash_in_an_update(finished, script, tmp_path, monkeypatch):
     """Half a step is done, so the last checkpoint stays; what came after it is made again, and drawn once."""
     before = runs.critic_losses_before(script)
-    losses = before_call(
-        monkeypatch, runs.agent_class(script), "critic_loss", {15 + before: RuntimeError("memory")}
-    )
+    at = {15 + before: RuntimeError("memory")}
+    losses = before_call(monkeypatch, runs.agent_class(script), "critic_loss", at)
     with pytest.raises(RuntimeError, match="memory"):
         train(tmp_path, script)
     folder = folder_in(tmp_path)
@@ -80,9 +79,8 @@ def test_no_step_is_twice_in_the_curves(tmp_path, monkeypatch):
     resume(folder_in(tmp_path), dac)
     curves = curves_of(folder_in(tmp_path))
     for tag, points in curves.items():
-        assert [step for step, _ in points] == list(
-            range(10 if "eval" in tag else 5, 51, 10 if "eval" in tag else 5)
-        )
+        every = 10 if "eval" in tag else 5
+        assert [step for step, _ in points] == list(range(every, 51, every))
     assert curves == curves_of(train(tmp_path / "whole", dac, **given))
 
 
@@ -96,15 +94,6 @@ def test_an_evaluation_that_was_cut_short_is_made_again(count, end, finished, sc
     folder = folder_in(tmp_path)
     assert load(folder)["step"] == 6 * count and not results_of(folder)["finished"]
     assert len(results_of(folder)["evaluations"]) == count - 1
-    resume(folder, script)
-    assert_same_run(folder, finished(script))
-    assert curves_of(folder) == curves_of(finished(script))
-
-
-def test_losses_since_the_last_log_survive_a_resume(finished, script, tmp_path, monkeypatch):
-    """Stopped between two points of the curves, which are means."""
-    folder = stopped(tmp_path, monkeypatch, 15 + max(runs.critic_losses_before(script), 0), script)
-    assert load(folder)["step"] == 15
     resume(folder, script)
     assert_same_run(folder, finished(script))
     assert curves_of(folder) == curves_of(finished(script))
@@ -189,16 +178,18 @@ def test_every_signal_ends_a_run_saved(owner, method, call, step, number, finish
 
 
 def test_every_script_is_stopped_by_ctrl_c(finished, script, tmp_path, monkeypatch, capsys):
-    at = {13 + runs.critic_losses_before(script): signal.SIGINT}
+    """Between two points of the curves, which are means: the losses since the last one survive."""
+    at = {15 + runs.critic_losses_before(script): signal.SIGINT}
     before_call(monkeypatch, runs.agent_class(script), "critic_loss", at)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, script)
     folder = folder_in(tmp_path)
-    assert load(folder)["step"] == 13  # the update that was under way is whole
+    assert load(folder)["step"] == 15  # the update that was under way is whole
     out = capsys.readouterr().out
-    assert "step 13 after " in out and out.endswith(f"stopped: go on with --resume {folder}\n")
+    assert "step 15 after " in out and out.endswith(f"stopped: go on with --resume {folder}\n")
     resume(folder / "checkpoint.pt", script)
     assert_same_run(folder, finished(script))
+    assert curves_of(folder) == curves_of(finished(script))
 
 
 def test_a_signal_in_the_pretraining(finished, tmp_path, monkeypatch):
@@ -262,26 +253,10 @@ def test_signals_that_were_ignored_stay_ignored(tmp_path, monkeypatch):
             signal.signal(each, handler)
 
 
-def test_importing_common_leaves_signals_and_threads_alone():
-    code = "import signal, threading; before = signal.getsignal(signal.SIGINT), threading.excepthook\n"
-    code += "import dac; assert before == (signal.getsignal(signal.SIGINT), threading.excepthook)"
-    assert finish(runs.python("-c", code, cwd=runs.ROOT))[0] == 0
-
-
 def test_a_run_in_a_thread(finished, tmp_path, capsys):
     """As Optuna and Ray Tune start them: no signals there, and it says what such a run is not."""
-    failures = []
-
-    def work():
-        try:
-            train(tmp_path, dac)
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert failures == [] and results_of(folder_in(tmp_path))["finished"]
+    with ThreadPoolExecutor() as pool:
+        assert results_of(pool.submit(train, tmp_path, dac).result())["finished"]
     assert "not reproducible: threads share PyTorch's random state" in capsys.readouterr().out
     train(tmp_path / "main", dac, total_steps=1)
     assert "not reproducible" not in capsys.readouterr().out
@@ -336,9 +311,8 @@ def test_a_file_system_without_locks(name, tmp_path, monkeypatch):
     def flock(*arguments):
         raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
 
-    monkeypatch.setattr(
-        filelock._unix, "fcntl", SimpleNamespace(**vars(filelock._unix.fcntl) | {"flock": flock})
-    )
+    fcntl = SimpleNamespace(**vars(filelock._unix.fcntl) | {"flock": flock})
+    monkeypatch.setattr(filelock._unix, "fcntl", fcntl)
     folder = train(tmp_path, dac, total_steps=2)
     resume(folder, dac, total_steps=4)
     assert results_of(folder)["step"] == 4
@@ -399,6 +373,10 @@ class Malicious:
         return os.mkdir, (str(self.folder),)
 
 
+def write_checkpoint(path, content):
+    torch.save(content, path)
+
+
 def write_pickle(path, content):
     path.write_bytes(pickle.dumps(content))
 
@@ -407,19 +385,12 @@ def write_hdf5_of_pickles(path, content):
     write(path, rewards=np.array([np.void(pickle.dumps(content))] * 10))
 
 
+HOPPER = find_task("Hopper-v4")
 READERS = {  # what is read -> its file, how a hostile one is written, what reads it
-    "checkpoint": (
-        "checkpoint.pt",
-        lambda path, content: torch.save(content, path),
-        lambda run: resume(run, dac),
-    ),
+    "checkpoint": ("checkpoint.pt", write_checkpoint, lambda run: resume(run, dac)),
     "pickle": ("checkpoint.pt", write_pickle, lambda run: resume(run, dac)),
     "replay": ("replay.bin", write_pickle, lambda run: resume(run, qvpo_online, total_steps=30)),
-    "data": (
-        "x.hdf5",
-        write_hdf5_of_pickles,
-        lambda run: load_dataset(find_task("Hopper-v4"), str(run / "x.hdf5")),
-    ),
+    "data": ("x.hdf5", write_hdf5_of_pickles, lambda run: load_dataset(HOPPER, str(run / "x.hdf5"))),
 }
 
 
