@@ -46,15 +46,12 @@ def random_steps(env, count, seed=0):
     ("task", "obs_dim", "action_dim"),
     [
         ("antmaze-umaze-v0", 29, 8),
-        ("antmaze-umaze-diverse-v2", 29, 8),
-        ("antmaze-medium-play-v1", 29, 8),
         ("antmaze-large-diverse-v2", 29, 8),
         ("pen-cloned-v1", 45, 24),
         ("door-expert-v1", 39, 28),
         ("hammer-human-v1", 46, 26),
         ("relocate-human-v1", 39, 30),
         ("kitchen-complete-v0", 60, 9),
-        ("kitchen-partial-v0", 60, 9),
         ("kitchen-mixed-v0", 60, 9),
     ],
 )

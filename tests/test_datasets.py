@@ -19,7 +19,7 @@ from common.envs import make_envs
 from common.tasks import BANDIT_TASKS, D4RL_TASKS, find_task
 
 HOPPER = "hopper-medium-v2"
-minari_test = pytest.mark.filterwarnings("ignore::UserWarning")  # what Minari misses in its metadata
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # what Minari misses in its metadata
 
 
 def own(path, task=HOPPER, **options):
@@ -316,7 +316,6 @@ def test_unknown_tasks(task, nearest):
 # --- Minari ---
 
 
-@minari_test
 def test_minari_box(minari_folder):
     env = gymnasium.make("Pendulum-v1", max_episode_steps=20)
     episodes = record("local/pendulum/random-v0", env, ref_min_score=-100.0, ref_max_score=0.0)
@@ -346,7 +345,6 @@ def test_minari_box(minari_folder):
         assert reward == pytest.approx(data.rewards[row], abs=1e-5)
 
 
-@minari_test
 def test_minari_goal_conditioned(minari_folder):
     episodes = record("local/reach-v0", gymnasium.make("Reach-v0"))
     data = load_dataset(find_task("local/reach-v0"))
@@ -372,7 +370,6 @@ def change_metadata(folder, **changes):
     path.write_text(json.dumps({name: value for name, value in metadata.items() if value is not None}))
 
 
-@minari_test
 def test_minari_actions_outside_their_box(minari_folder):
     env = gymnasium.make("Pendulum-v1", max_episode_steps=20)
     record("local/pendulum-v0", env)
@@ -383,7 +380,6 @@ def test_minari_actions_outside_their_box(minari_folder):
         load_dataset(find_task("local/pendulum-v0"))
 
 
-@minari_test
 def test_wrappers_of_a_minari_dataset(minari_folder):
     """They change what a return means: refused by name; with a file's --dataset nobody needs them."""
     plain = gymnasium.make("Pendulum-v1", max_episode_steps=20)
@@ -402,7 +398,6 @@ def test_wrappers_of_a_minari_dataset(minari_folder):
     assert make_env("Pendulum-v1", "local/clipped-v0").spec.id == "Pendulum-v1"
 
 
-@minari_test
 def test_minari_datasets_that_cannot_be_used(minari_folder):
     with pytest.raises(UserError, match="(?s)local/none-v0.*By hand"):
         load_dataset(find_task("local/none-v0"))
@@ -426,7 +421,6 @@ def test_nobody_is_asked_when_a_file_is_given(task, minari_folder, monkeypatch):
                 make_envs(find_task(task), 1, args, data)
 
 
-@minari_test
 @pytest.mark.parametrize("lost", [{}, {"observation_space": None}])
 def test_a_minari_dataset_executes_nothing(lost, minari_folder):
     """Its environment is made by its registered id; what else it names, here a function, is not called."""
@@ -450,8 +444,7 @@ def test_bandit_data(task):
     data = load_dataset(find_task(task), seed=1)
     assert data.observations.shape == data.next_observations.shape == (10_000, 1)
     assert data.actions.shape == (10_000, 2)
-    for ones in (data.terminals, data.episode_ends):
-        np.testing.assert_array_equal(ones, 1)
+    assert data.terminals.all() and data.episode_ends.all()
     np.testing.assert_array_equal(data.episode_returns, data.rewards)
     np.testing.assert_allclose(data.rewards, bandit_reward(task, data.actions), atol=1e-6)
     assert data.reference_returns == (0, 1)

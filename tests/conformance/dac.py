@@ -185,23 +185,23 @@ def check_sampler(case):
 
 
 def check_act(case):
-    for name in ("batch", "single", "detail"):
+    for name, rows in (("batch", None), ("single", 1)):
         expected = case.golden["sample_actions"][name]
-        agent = make_agent(case)
-        obs = case.inputs["observations"] if name != "single" else case.inputs["observations"][:1]
-        noise = chain_noise(expected["draws"])
-        if name == "detail":
-            repeated = obs.repeat_interleave(agent.args.num_action_samples, dim=0)
-            with torch.no_grad():
-                candidates = agent.sample(agent.actor, repeated, noise)
-                q = agent.critic_target(repeated, candidates).mean(0).unflatten(0, (len(obs), -1))
-            of_row0 = candidates[: agent.args.num_action_samples]
-            case.close(of_row0, expected["candidates_row0"], "candidates", 1e-4)
-            case.close(q, expected["q_mean_over_heads"], "q of the candidates")
-            assert q.argmax(1).tolist() == expected["argmax"]
-        else:
-            actions = expected.get("actions", expected.get("action"))
-            case.close(agent.act(obs, noise).squeeze(0), actions, f"{name} action", 1e-4)
+        obs, noise = case.inputs["observations"][:rows], chain_noise(expected["draws"])
+        actions = expected.get("actions", expected.get("action"))
+        case.close(make_agent(case).act(obs, noise).squeeze(0), actions, f"{name} action", 1e-4)
+
+
+@torch.no_grad()
+def check_candidates(case):
+    expected, agent = case.golden["sample_actions"]["detail"], make_agent(case)
+    obs, n = case.inputs["observations"], agent.args.num_action_samples
+    repeated = obs.repeat_interleave(n, dim=0)
+    candidates = agent.sample(agent.actor, repeated, chain_noise(expected["draws"]))
+    q = agent.critic_target(repeated, candidates).mean(0).unflatten(0, (len(obs), -1))
+    case.close(candidates[:n], expected["candidates_row0"], "candidates", 1e-4)
+    case.close(q, expected["q_mean_over_heads"], "q of the candidates")
+    assert q.argmax(1).tolist() == expected["argmax"]
 
 
 def check_guidance_losses(case):

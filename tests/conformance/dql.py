@@ -218,12 +218,8 @@ def compare_parameters(case, agent, networks, double_tolerance=1e-9):
 
 def check_updates(case):
     compare_updates(case, 1e-6)
-
-
-def check_updates_with_rounded_coefficients(case):
-    if case.double:
-        with torch_formulas.rounded_tables(case, diffusion_ql):
-            compare_updates(case, 1e-9)
+    with torch_formulas.rounded_tables(case, diffusion_ql):
+        compare_updates(case, 1e-9)
 
 
 def compare_updates(case, double_tolerance):

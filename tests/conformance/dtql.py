@@ -83,6 +83,11 @@ def make_agent(case, gain=1.0):
     return agent
 
 
+def begin(case, name):
+    """What a check of one loss begins with: its section of the file, an agent, the batch."""
+    return case.golden["sections"][name], make_agent(case), make_batch(case, dtql)
+
+
 def sigma_of(u):
     """Noise levels for uniform numbers in float64: float32, as in the authors' code."""
     return dtql.sigma_quantile(u).float()
@@ -192,22 +197,14 @@ def check_forward(case):
 
 
 def check_policy_sample(case):
-    section, agent, obs = (
-        case.golden["sections"]["policy_sample"],
-        make_agent(case),
-        make_batch(case, dtql).obs,
-    )
+    section, agent, batch = begin(case, "policy_sample")
     agent.args.num_action_samples = 1
-    action = agent.act(obs, drawn(section["draws"][0]).unsqueeze(1))
+    action = agent.act(batch.obs, drawn(section["draws"][0]).unsqueeze(1))
     near(case, action, section["action"], "action")
 
 
 def check_diffusion_loss(case):
-    section, agent, batch = (
-        case.golden["sections"]["diffusion_loss"],
-        make_agent(case),
-        make_batch(case, dtql),
-    )
+    section, agent, batch = begin(case, "diffusion_loss")
     draws = make_draws(section["draws"], bc="loss loss")
     sigma, noise = draws.bc_sigma, draws.bc_noise
     near(case, sigma, section["sigma"], "sigma", 0)
@@ -223,7 +220,7 @@ def check_diffusion_loss(case):
 
 
 def check_critic_loss(case):
-    section, agent, batch = case.golden["sections"]["critic_loss"], make_agent(case), make_batch(case, dtql)
+    section, agent, batch = begin(case, "critic_loss")
     loss, metrics = agent.critic_loss(batch)
     near(case, loss, section["loss"], "loss")
     near(case, metrics["q_loss"], section["q1_mse"] + section["q2_mse"], "loss of the critics")
@@ -232,7 +229,7 @@ def check_critic_loss(case):
 
 
 def check_actor_loss(case):
-    section, agent, batch = case.golden["sections"]["actor_loss"], make_agent(case), make_batch(case, dtql)
+    section, agent, batch = begin(case, "actor_loss")
     draws = make_draws(section["draws"], trust="loss loss")
     loss, metrics = agent.actor_loss(batch, draws)
     mean, std = agent.actor(batch.obs)

@@ -260,11 +260,8 @@ def check_act_after_a_deterministic_evaluation(case):
 def check_actor_loss(case):
     if needs_left_out(case, ["beta_schedule"]):
         return
-    section, agent, batch = (
-        case.golden["sections"]["actor_loss"],
-        make_agent(case),
-        make_batch(case, qvpo_online),
-    )
+    section, agent = case.golden["sections"]["actor_loss"], make_agent(case)
+    batch = make_batch(case, qvpo_online)
     [t] = draws_by_meaning(section["draws"], "diffusion timesteps")
     [eps] = draws_by_meaning(section["draws"], "noise eps")
     weight = rounded(1 + 0.5 * np.sin(0.8 * np.arange(len(batch.obs))))
@@ -331,15 +328,13 @@ def draws_of(case, name, agent, num_steps):
         "diffusion timesteps": chosen + uniform,
         "noise eps": chosen + uniform,
     }
-    steps = []
-    for step in range(1, num_steps + 1):
-        of_step = []
-        for draw in (draw for draw in listed if draw["step"] == step):
-            [size] = [size for meaning, size in rows.items() if meaning in draw["why"]]
-            if size > 0:
-                of_step.append(draw | {"shape": [size, *draw["shape"][1:]]})
-        steps.append(of_step)
-    return steps
+
+    def with_rows(draw):
+        [size] = [size for meaning, size in rows.items() if meaning in draw["why"]]
+        return draw | {"shape": [size, *draw["shape"][1:]]}
+
+    sized = [draw for draw in map(with_rows, listed) if draw["shape"][0] > 0]
+    return [[draw for draw in sized if draw["step"] == step] for step in range(1, num_steps + 1)]
 
 
 def update(agent, number, batch, policy_obs, draws):
@@ -374,9 +369,11 @@ def run_train_section(case, name, gain):
     steps = section["steps"]
     for number, (entry, draws) in enumerate(zip(steps, draws_of(case, name, agent, len(steps)), strict=True)):
         metrics = update(agent, number, batch, policy_obs, make_draws(agent, draws, len(batch.obs)))
+        gradients = parameters_of(agent, lambda parameter: parameter.grad)
         for network in ("critic", "actor"):
-            if f"{network}_grads_after_clip" in entry:
-                compare_gradients(case, agent, network, entry[f"{network}_grads_after_clip"])
+            if expected := entry.get(f"{network}_grads_after_clip"):
+                of_network = (case, network, gradients[network], expected)
+                compare_network(*of_network, "gradient of", LATER_STEP, LATER_STEP)
         if number > 0:
             tolerance = LATER_STEP
         for metric in ("critic_loss", "actor_loss", "critic_grad_norm", "actor_grad_norm"):
@@ -398,11 +395,6 @@ def type_of(text):
     except ValueError:
         return text
     return int(number) if number.is_integer() and "." not in str(text) else number
-
-
-def compare_gradients(case, agent, network, expected):
-    gradients = parameters_of(agent, lambda parameter: parameter.grad)[network]
-    compare_network(case, network, gradients, expected, "gradient of", LATER_STEP, LATER_STEP)
 
 
 def compare_parameters(case, agent, expected, *tolerances):
