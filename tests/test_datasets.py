@@ -293,8 +293,6 @@ def test_paths_without_a_file(name, tmp_path, monkeypatch):
 
 
 # --- Names ---
-
-
 @pytest.mark.parametrize(
     ("task", "nearest"),
     [
@@ -314,8 +312,6 @@ def test_unknown_tasks(task, nearest):
 
 
 # --- Minari ---
-
-
 def test_minari_box(minari_folder):
     env = gymnasium.make("Pendulum-v1", max_episode_steps=20)
     episodes = record("local/pendulum/random-v0", env, ref_min_score=-100.0, ref_max_score=0.0)
@@ -436,8 +432,6 @@ def test_a_minari_dataset_executes_nothing(lost, minari_folder):
 
 
 # --- Bandits ---
-
-
 @pytest.mark.parametrize("task", BANDIT_TASKS)
 def test_bandit_data(task):
     """The best mode pays 1 and is there, but far from the most frequent."""
@@ -461,8 +455,6 @@ def test_bandit_data(task):
 
 
 # --- Rewards to train on ---
-
-
 def with_rewards(rewards, episode_ends):
     """A dataset of which only rewards and episode ends matter."""
     rewards = np.array(rewards, np.float32)

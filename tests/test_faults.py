@@ -279,8 +279,6 @@ def test_an_environment_that_fails(script, method, call, step, finished, tmp_pat
 
 
 # === 4: one process per folder ===
-
-
 @pytest.mark.filterwarnings("ignore:flock not supported")
 @pytest.mark.parametrize("name", ["ENOLCK", "ENOTSUP", "ENOSYS"])
 def test_a_file_system_without_locks(name, tmp_path, monkeypatch):
