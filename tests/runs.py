@@ -46,6 +46,17 @@ def critic_losses_before(script):
     return settings.get("pretrain_steps", 0) - max(settings.get("learning_starts", 0) - 1, 0)
 
 
+def random_batch(script, size=5):
+    """Transitions for agents of 4 observations and 2 actions."""
+    return script.Batch(
+        obs=torch.randn(size, 4),
+        action=torch.rand(size, 2) * 2 - 1,
+        reward=torch.randn(size),
+        next_obs=torch.randn(size, 4),
+        terminal=(torch.arange(size) % 2).to(torch.get_default_dtype()),
+    )
+
+
 def tiny_settings(script, **changes):
     """The tiny run's settings of a script, some of them changed."""
     settings = dict(env_id=TASK) | AGENTS[script.__name__][1] | changes

@@ -8,7 +8,6 @@ goes through. Sizes, options and formulas come from the file; nothing about a ca
 import importlib
 import json
 import os
-import warnings
 from pathlib import Path
 
 import pytest
@@ -17,29 +16,12 @@ from conformance.files import Case, LeftOut
 
 HERE = Path(__file__).parent
 FOLDERS = [HERE / "golden", *map(Path, filter(None, [os.environ.get("GOLDEN_DIR")]))]
-# What no script has, with these files: known, and not worth a warning at each run.
-KNOWN = {
-    "sampler ddpm_sampler temperature 0.5",
-    "sampler ddpm_sampler without clip",
-    "sampler ddim_sampler ddim_step=5",
-    "sampler ddpm_sampler_with_q_guidance, scale 1/(eta+1e-6)",
-    "schedules linear, cosine",
-    "DPM-Solver that stops at 0.001 of 100 steps",
-    "ddim sampler",
-    "targets of denoiser, policy and V",
-    "deterministic evaluation in sample_action_deterministic",
-    "weights ['qrelu', 'qexpn', 'qcut0n', 'qcut1n']",
-    "running mean and deviation of Q, after each update",
-}
 FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.json"))
 
 
 def checks(path):
-    """The checks of a file; without a module for its algorithm, one that says so."""
-    algorithm = path.stem.split("_")[0]
-    if not (HERE / "conformance" / f"{algorithm}.py").exists():
-        return [pytest.param(path, False, None, id=path.stem, marks=pytest.mark.skip("no such script yet"))]
-    module = importlib.import_module(f"conformance.{algorithm}")
+    """The checks of a file, in the precisions that it has."""
+    module = importlib.import_module(f"conformance.{path.stem.split('_')[0]}")
     found = [check for name, check in vars(module).items() if name.startswith("check_")]
     precision = json.loads(path.read_text()).get("precision", "both").split()[0].strip(",")
     precisions = {"float32": ["single"], "float64": ["double"], "both": ["single", "double"]}[precision]
@@ -63,8 +45,6 @@ def test_conformance(path, double, check):
         torch.set_default_dtype(before)
     if not case.compared:
         pytest.skip(f"left out: {case.skipped}" if case.skipped else "the file has no numbers for this check")
-    if left_out := [each for each in case.skipped if each not in KNOWN]:
-        warnings.warn(f"{path.stem}: sections not compared, left out: {', '.join(left_out)}", stacklevel=1)
 
 
 def test_there_are_cases():

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import gymnasium
 import numpy as np
 import pytest
 
@@ -11,29 +10,20 @@ from common.d4rl_envs import HAND_TO_OBJECT, make_d4rl_env
 from common.tasks import D4RL_TASKS, find_task
 
 ADROIT = ["pen-human-v1", "door-human-v1", "hammer-human-v1", "relocate-human-v1"]
-D4RL_MAZES = {  # of d4rl/locomotion/maze_env.py: # wall, S start, G goal
-    "umaze": ["#####", "#S  #", "### #", "#G  #", "#####"],
-    "medium": [
-        "########",
-        "#S ##  #",
-        "#  #   #",
-        "##   ###",
-        "#  #   #",
-        "# #  # #",
-        "#   # G#",
-        "########",
-    ],
-    "large": [
-        "############",
-        "#S   #     #",
-        "# ## # # # #",
-        "#      #   #",
-        "# #### ### #",
-        "#  # #     #",
-        "## # # # ###",
-        "#  #   # G #",
-        "############",
-    ],
+MAPS = """
+#####  ########  ############
+#S  #  #S ##  #  #S   #     #
+### #  #  #   #  # ## # # # #
+#G  #  ##   ###  #      #   #
+#####  #  #   #  # #### ### #
+       # #  # #  #  # #     #
+       #   # G#  ## # # # ###
+       ########  #  #   # G #
+                 ############
+"""  # of d4rl/locomotion/maze_env.py: # wall, S start, G goal
+COLUMNS = {"umaze": slice(0, 5), "medium": slice(7, 15), "large": slice(17, 29)}
+D4RL_MAZES = {
+    size: [line[of] for line in MAPS.splitlines() if line[of].strip()] for size, of in COLUMNS.items()
 }
 
 
@@ -55,15 +45,12 @@ def random_steps(env, count, seed=0):
     ("task", "obs_dim", "action_dim"),
     [
         ("antmaze-umaze-v0", 29, 8),
-        ("antmaze-umaze-diverse-v2", 29, 8),
-        ("antmaze-medium-play-v1", 29, 8),
         ("antmaze-large-diverse-v2", 29, 8),
         ("pen-cloned-v1", 45, 24),
         ("door-expert-v1", 39, 28),
         ("hammer-human-v1", 46, 26),
         ("relocate-human-v1", 39, 30),
         ("kitchen-complete-v0", 60, 9),
-        ("kitchen-partial-v0", 60, 9),
         ("kitchen-mixed-v0", 60, 9),
     ],
 )
@@ -74,23 +61,10 @@ def test_sizes_seeds_and_horizon(task, obs_dim, action_dim):
     assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
     np.testing.assert_array_equal(env.reset(seed=3)[0], first)
     assert (env.reset(seed=4)[0] != first).any()
-    wrapped = env
-    while not isinstance(wrapped, gymnasium.wrappers.TimeLimit):
-        wrapped = wrapped.env
-    assert wrapped._max_episode_steps == D4RL_TASKS[task]["horizon"]
-
-
-@pytest.mark.parametrize("task", ["antmaze-umaze-v0", "door-human-v1"])
-def test_episodes_are_cut_at_the_horizon(task):
-    env = make_env(task)
-    env.reset(seed=0)
-    ends = [(terminated, truncated) for _, _, terminated, truncated in random_steps(env, 2000)]
-    assert len(ends) == D4RL_TASKS[task]["horizon"] and ends[-1] == (False, True)
+    assert env.get_wrapper_attr("_max_episode_steps") == D4RL_TASKS[task]["horizon"]
 
 
 # --- AntMaze ---
-
-
 @pytest.mark.parametrize("size", ["umaze", "medium", "large"])
 def test_antmaze_has_walls_start_and_goal_where_d4rl_has_them(size):
     """Cell (row, column) of D4RL's map is centred at 4 (column - 1), 4 (row - 1), in its frame."""
@@ -157,20 +131,7 @@ def test_antmaze_has_the_ant_of_d4rl():
     np.testing.assert_array_equal(ant.model.geom_solref, [[0.02, 1]] * ant.model.ngeom)
 
 
-def test_the_ant_is_stopped_by_the_walls():
-    """From the start, pushed left for a second, it stays in the first column (wall's face at x = -2)."""
-    env = make_d4rl_env("antmaze-umaze-v2", max_episode_steps=700)
-    obs, _ = env.reset(seed=0)
-    for _ in range(30):
-        obs[15:17] = -5, 0
-        place_ant(env, obs)
-        obs, *_ = env.step(np.zeros(8))
-    assert -2 < obs[0] < -0.5
-
-
 # --- Adroit ---
-
-
 def adroit_state(env, task, solved):
     """After random steps; if `solved`, with door open, nail in, object at the target, pen as desired."""
     env.reset(seed=0)
@@ -243,8 +204,6 @@ def test_the_pen_ends_when_it_drops():
 
 
 # --- Kitchen ---
-
-
 def set_joints(env, values):
     inner = env.unwrapped.robot_env
     qpos = inner.data.qpos.copy()

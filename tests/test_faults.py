@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,14 +20,13 @@ import pytest
 import runs
 import torch
 from recordings import flags, write
-from runs import assert_same_run, before_call, curves_of, finish, folder_in, load, results_of, resume, train
+from runs import assert_same_run, before_call, curves_of, folder_in, load, results_of, resume, train
 
 import common.runs
 import dac
 import dtql
 import qvpo_online
 from common.bandits import Bandit
-from common.checkpoints import load_checkpoint
 from common.cli import UserError, run_command
 from common.datasets import load_dataset
 from common.runs import Run
@@ -58,9 +57,8 @@ def stopped(run_dir, monkeypatch, step=13, script=dac, **changes):
 def test_a_crash_in_an_update(finished, script, tmp_path, monkeypatch):
     """Half a step is done, so the last checkpoint stays; what came after it is made again, and drawn once."""
     before = runs.critic_losses_before(script)
-    losses = before_call(
-        monkeypatch, runs.agent_class(script), "critic_loss", {15 + before: RuntimeError("memory")}
-    )
+    at = {15 + before: RuntimeError("memory")}
+    losses = before_call(monkeypatch, runs.agent_class(script), "critic_loss", at)
     with pytest.raises(RuntimeError, match="memory"):
         train(tmp_path, script)
     folder = folder_in(tmp_path)
@@ -69,21 +67,6 @@ def test_a_crash_in_an_update(finished, script, tmp_path, monkeypatch):
     assert len(losses) == before + 15 + 16
     assert_same_run(folder, finished(script))
     assert curves_of(folder) == curves_of(finished(script))
-
-
-def test_no_step_is_twice_in_the_curves(tmp_path, monkeypatch):
-    """After a crash in update 36, far from the last save, in which losses and evaluations had been drawn."""
-    given = dict(log_every=5, eval_every=10, save_every=20, total_steps=50)
-    with pytest.raises(RuntimeError, match="out of cards"):
-        before_call(monkeypatch, dac.DAC, "update", {36: RuntimeError("out of cards")})
-        train(tmp_path, dac, **given)
-    resume(folder_in(tmp_path), dac)
-    curves = curves_of(folder_in(tmp_path))
-    for tag, points in curves.items():
-        assert [step for step, _ in points] == list(
-            range(10 if "eval" in tag else 5, 51, 10 if "eval" in tag else 5)
-        )
-    assert curves == curves_of(train(tmp_path / "whole", dac, **given))
 
 
 @pytest.mark.parametrize("end", [RuntimeError("out of cards"), signal.SIGTERM], ids=["crash", "signal"])
@@ -96,15 +79,6 @@ def test_an_evaluation_that_was_cut_short_is_made_again(count, end, finished, sc
     folder = folder_in(tmp_path)
     assert load(folder)["step"] == 6 * count and not results_of(folder)["finished"]
     assert len(results_of(folder)["evaluations"]) == count - 1
-    resume(folder, script)
-    assert_same_run(folder, finished(script))
-    assert curves_of(folder) == curves_of(finished(script))
-
-
-def test_losses_since_the_last_log_survive_a_resume(finished, script, tmp_path, monkeypatch):
-    """Stopped between two points of the curves, which are means."""
-    folder = stopped(tmp_path, monkeypatch, 15 + max(runs.critic_losses_before(script), 0), script)
-    assert load(folder)["step"] == 15
     resume(folder, script)
     assert_same_run(folder, finished(script))
     assert curves_of(folder) == curves_of(finished(script))
@@ -131,10 +105,7 @@ def test_killed_between_the_files_of_the_last_save(finished, tmp_path, monkeypat
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """Otherwise a power cut could leave an empty file where there was a whole one.
-
-    replay.bin grows in its place; it is there, whole, before the checkpoint that counts on it.
-    """
+    """replay.bin grows in its place; it is there, whole, before the checkpoint that counts on it."""
     events, fsync, replace = [], os.fsync, Path.replace
 
     def spy_fsync(file):
@@ -189,16 +160,18 @@ def test_every_signal_ends_a_run_saved(owner, method, call, step, number, finish
 
 
 def test_every_script_is_stopped_by_ctrl_c(finished, script, tmp_path, monkeypatch, capsys):
-    at = {13 + runs.critic_losses_before(script): signal.SIGINT}
+    """Between two points of the curves, which are means: the losses since the last one survive."""
+    at = {15 + runs.critic_losses_before(script): signal.SIGINT}
     before_call(monkeypatch, runs.agent_class(script), "critic_loss", at)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, script)
     folder = folder_in(tmp_path)
-    assert load(folder)["step"] == 13  # the update that was under way is whole
+    assert load(folder)["step"] == 15  # the update that was under way is whole
     out = capsys.readouterr().out
-    assert "step 13 after " in out and out.endswith(f"stopped: go on with --resume {folder}\n")
+    assert "step 15 after " in out and out.endswith(f"stopped: go on with --resume {folder}\n")
     resume(folder / "checkpoint.pt", script)
     assert_same_run(folder, finished(script))
+    assert curves_of(folder) == curves_of(finished(script))
 
 
 def test_a_signal_in_the_pretraining(finished, tmp_path, monkeypatch):
@@ -246,42 +219,20 @@ def test_a_step_that_hangs(finished, tmp_path):
     assert_same_run(folder, finished(dac))
 
 
-def test_signals_that_were_ignored_stay_ignored(tmp_path, monkeypatch):
-    """As under nohup, and after & in a script: SIGTERM stops the run, Ctrl-C then does not end it at once."""
-    ignored = [signal.SIGHUP, signal.SIGINT]
-    previous = [signal.signal(each, signal.SIG_IGN) for each in ignored]
+def test_a_signal_that_was_ignored_stays_ignored(tmp_path, monkeypatch):
+    """As under nohup."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        raise_each = lambda *numbers: [signal.raise_signal(each) for each in numbers]  # noqa: E731
-        at = {3: lambda: raise_each(*ignored), 5: lambda: raise_each(signal.SIGTERM, signal.SIGINT)}
-        before_call(monkeypatch, dac.DAC, "update", at)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, dac)
-        assert load(folder_in(tmp_path))["step"] == 5
+        before_call(monkeypatch, dac.DAC, "update", at={3: signal.SIGHUP})
+        assert results_of(train(tmp_path, dac))["finished"]
     finally:
-        for each, handler in zip(ignored, previous, strict=True):
-            signal.signal(each, handler)
-
-
-def test_importing_common_leaves_signals_and_threads_alone():
-    code = "import signal, threading; before = signal.getsignal(signal.SIGINT), threading.excepthook\n"
-    code += "import dac; assert before == (signal.getsignal(signal.SIGINT), threading.excepthook)"
-    assert finish(runs.python("-c", code, cwd=runs.ROOT))[0] == 0
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_a_run_in_a_thread(finished, tmp_path, capsys):
     """As Optuna and Ray Tune start them: no signals there, and it says what such a run is not."""
-    failures = []
-
-    def work():
-        try:
-            train(tmp_path, dac)
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert failures == [] and results_of(folder_in(tmp_path))["finished"]
+    with ThreadPoolExecutor() as pool:
+        assert results_of(pool.submit(train, tmp_path, dac).result())["finished"]
     assert "not reproducible: threads share PyTorch's random state" in capsys.readouterr().out
     train(tmp_path / "main", dac, total_steps=1)
     assert "not reproducible" not in capsys.readouterr().out
@@ -328,17 +279,14 @@ def test_an_environment_that_fails(script, method, call, step, finished, tmp_pat
 
 
 # === 4: one process per folder ===
-
-
 @pytest.mark.filterwarnings("ignore:flock not supported")
 @pytest.mark.parametrize("name", ["ENOLCK", "ENOTSUP", "ENOSYS"])
 def test_a_file_system_without_locks(name, tmp_path, monkeypatch):
     def flock(*arguments):
         raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
 
-    monkeypatch.setattr(
-        filelock._unix, "fcntl", SimpleNamespace(**vars(filelock._unix.fcntl) | {"flock": flock})
-    )
+    fcntl = SimpleNamespace(**vars(filelock._unix.fcntl) | {"flock": flock})
+    monkeypatch.setattr(filelock._unix, "fcntl", fcntl)
     folder = train(tmp_path, dac, total_steps=2)
     resume(folder, dac, total_steps=4)
     assert results_of(folder)["step"] == 4
@@ -399,6 +347,10 @@ class Malicious:
         return os.mkdir, (str(self.folder),)
 
 
+def write_checkpoint(path, content):
+    torch.save(content, path)
+
+
 def write_pickle(path, content):
     path.write_bytes(pickle.dumps(content))
 
@@ -407,19 +359,12 @@ def write_hdf5_of_pickles(path, content):
     write(path, rewards=np.array([np.void(pickle.dumps(content))] * 10))
 
 
+HOPPER = find_task("Hopper-v4")
 READERS = {  # what is read -> its file, how a hostile one is written, what reads it
-    "checkpoint": (
-        "checkpoint.pt",
-        lambda path, content: torch.save(content, path),
-        lambda run: resume(run, dac),
-    ),
+    "checkpoint": ("checkpoint.pt", write_checkpoint, lambda run: resume(run, dac)),
     "pickle": ("checkpoint.pt", write_pickle, lambda run: resume(run, dac)),
     "replay": ("replay.bin", write_pickle, lambda run: resume(run, qvpo_online, total_steps=30)),
-    "data": (
-        "x.hdf5",
-        write_hdf5_of_pickles,
-        lambda run: load_dataset(find_task("Hopper-v4"), str(run / "x.hdf5")),
-    ),
+    "data": ("x.hdf5", write_hdf5_of_pickles, lambda run: load_dataset(HOPPER, str(run / "x.hdf5"))),
 }
 
 
@@ -435,26 +380,12 @@ def test_a_shared_file_executes_nothing(reader, finished, tmp_path):
 
 # === 7: mistakes ===
 def test_a_damaged_checkpoint(copy):
-    """Truncated, empty, text, noise, and one bit off in each of thirty places: seen, or of no consequence."""
+    """Truncated, empty, text, noise."""
     path = copy / "checkpoint.pt"
-    whole, good = path.read_bytes(), load(copy)
-    for content in (whole[:9999], b"", b"step 24", np.random.default_rng(0).bytes(5000)):
+    for content in (path.read_bytes()[:9999], b"", b"step 24", np.random.default_rng(0).bytes(5000)):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{path} cannot be read, or is no checkpoint, or a damaged one"):
             resume(path, dac, total_steps=30)
-    seen, weights = 0, good["agent"]["critic.layers.0.weight"].numpy().tobytes()
-    for place in [whole.index(weights), *np.linspace(0, len(whole) - 1, 30).astype(int)]:
-        one_bit_off = bytearray(whole)
-        one_bit_off[place] ^= 1
-        path.write_bytes(one_bit_off)
-        try:
-            found = load_checkpoint(path)
-        except UserError:
-            seen += 1
-        else:
-            torch.testing.assert_close(found["agent"], good["agent"], rtol=0, atol=0)
-            assert found["step"] == good["step"]
-    assert seen > 15
 
 
 @pytest.mark.parametrize(
@@ -469,7 +400,6 @@ def test_a_damaged_checkpoint(copy):
         ({}, {"total_steps": 24}, "is finished, at step 24; larger --total-steps add more"),
         ({}, {"total_steps": 12}, "is finished, at step 24|past --total-steps 12"),
         ({}, {"path": "none"}, "there is no checkpoint at none"),
-        ({}, {"path": ""}, "there is no checkpoint at "),
     ],
 )
 def test_a_checkpoint_that_does_not_fit(changes, given, message, copy):
@@ -503,10 +433,9 @@ def test_what_the_pretraining_learned_is_used_again(finished, tmp_path, monkeypa
     assert_same_run(tmp_path, finished(dtql))
     with pytest.raises(UserError, match=f"{tmp_path} has a checkpoint.pt; copy pretrained.pt elsewhere"):
         resume(tmp_path / "pretrained.pt", dtql, alpha=7.0)
-    (tmp_path / "other").mkdir()
-    shutil.copy(tmp_path / "pretrained.pt", tmp_path / "other")
-    resume(tmp_path / "other" / "pretrained.pt", dtql, alpha=7.0)
-    losses = [results_of(folder)["losses"]["actor_loss"] for folder in (tmp_path / "other", finished(dtql))]
+    (tmp_path / "checkpoint.pt").unlink()
+    resume(tmp_path / "pretrained.pt", dtql, alpha=7.0)
+    losses = [results_of(folder)["losses"]["actor_loss"] for folder in (tmp_path, finished(dtql))]
     assert losses[0] != losses[1] and calls == []
 
 
@@ -524,19 +453,10 @@ def test_data_that_changed_since_the_start(tmp_path, monkeypatch):
 
 # === Memory ===
 class Camera(gymnasium.Env):
-    """Pictures of 27,648 numbers."""
+    """Pictures of 27,648 numbers, in which nobody gets to a step."""
 
     observation_space = gymnasium.spaces.Box(0, 255, (96, 96, 3), np.uint8)
     action_space = gymnasium.spaces.Box(-1, 1, (1,))
-    steps = 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.zeros((96, 96, 3), np.uint8), {}
-
-    def step(self, action):
-        Camera.steps += 1
-        return np.zeros((96, 96, 3), np.uint8), 0.0, False, False, {}
 
 
 def test_a_replay_that_does_not_fit_into_memory(tmp_path, monkeypatch, capsys):
@@ -546,5 +466,5 @@ def test_a_replay_that_does_not_fit_into_memory(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_info:
         run_command(qvpo_online.train, qvpo_online.Args, qvpo_online.TASK_SETTINGS)
     gymnasium.registry.pop("Camera-v0")
-    assert exit_info.value.code == 2 and Camera.steps == 0 and not (tmp_path / "runs").exists()
+    assert exit_info.value.code == 2 and not (tmp_path / "runs").exists()
     assert re.search(r"1,000,000 transitions take 221.2 GB.*: lower --replay-size", capsys.readouterr().err)

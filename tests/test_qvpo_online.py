@@ -7,8 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from agents import random_batch
-from runs import before_call, train
+from runs import before_call, random_batch, train
 
 import qvpo_online
 from common.cli import UserError, settings_for

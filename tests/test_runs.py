@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import partial
 from types import SimpleNamespace
 
 import gymnasium
@@ -10,9 +9,9 @@ import numpy as np
 import pytest
 import runs
 import torch
-from agents import check_no_waiting, random_batch
 from recordings import flags, write
 from runs import assert_same_state, before_call, curves_of, load, results_of, tiny_settings, train
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dac
 from common.datasets import load_dataset, tune_rewards
@@ -27,42 +26,22 @@ def small_agent(script, **options):
 
 
 # === Updates ===
-def test_gradients_stay_where_they_belong(script):
-    """Every network is stepped with gradients of its own; with losses that options add."""
-    options = {"q_guidance": "denoised", "nll_weight": 1.0}
-    agent = small_agent(script, **{name: options[name] for name in options if hasattr(script.Args, name)})
-    seen = []
-
-    def check(trained):
-        seen.append(trained)
-        parameters = agent.optimizers[trained].param_groups[0]["params"]
-        assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
-        assert not any(parameter.grad is not None for parameter in agent.critic_target.parameters())
-
-    for name, optimizer in agent.optimizers.items():
-        optimizer.step = partial(check, name)
-    agent.set_step(1)
-    agent.update(random_batch(script))
-    assert sorted(seen) == sorted(agent.optimizers)
-
-
 def test_updates_never_wait_for_a_value(script):
-    agent = small_agent(script)
+    """No operation reads a number back to the host, or has a shape that depends on one."""
+    agent, names = small_agent(script), set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            names.add(operation._schema.name.removeprefix("aten::"))
+            return operation(*args, **kwargs or {})
+
     agent.set_step(20)
-    for name in ("pretrain", "update"):
-        if update := getattr(agent, name, None):
-            check_no_waiting(partial(update, random_batch(script, 50)))
-
-
-def test_target_actors_move_every_fifth_step(script):
-    """From where the authors' codes let them: 1,000 finished steps, or the next multiple of five."""
-    first = {"dac": 1005, "diffusion_ql": 1000, "edp_td3": 1005, "edp_crr": 1005}.get(script.__name__)
-    if first is None:
-        pytest.skip("it has no target actor, or moves it in every step")
-    late = 1 if script.__name__.startswith("edp") else 0  # it counts the step under way, too
-    agent = runs.agent_class(script)(4, 2, script.Args(hidden_dims=(8,)), CPU)
-    moved = [step + late for step in range(994, 1021) if agent.set_step(step) or agent.actor_tau > 0]
-    assert moved == list(range(first, 1021, 5))
+    for update in [getattr(agent, name) for name in ("pretrain", "update") if hasattr(agent, name)]:
+        names.clear()
+        with Recorder():
+            update(runs.random_batch(script, 50))
+        assert {"addmm", "_fused_adam_", "randint"} <= names
+        assert not {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"} & names
 
 
 # === Determinism ===
@@ -230,7 +209,6 @@ def test_without_evaluation(tmp_path, capsys):
 def test_screen(tmp_path, capsys):
     folder = train(tmp_path, dac, total_steps=12)
     out = capsys.readouterr().out
-    assert "rewards by antmaze100: " in out
     assert "learns from bandit-moons-v0: 10,000 transitions, 10,000 episodes, mean score " in out
     sources = dict(re.findall(r"^  (given|row \(bandit\)|default): (.*)$", out, re.M))
     assert "eta_lr 0.01" in sources["given"] and "num_qs 2" in sources["row (bandit)"]

@@ -23,14 +23,8 @@ import dac
 import qvpo_online
 from common.bandits import sample_bandit
 from common.cli import UserError, check_bounds, parse_args, run_command, settings_for, sources_of
-from common.tasks import BANDIT_TASKS, BUNDLED, find_task
 
 NUM_TASKS = dict(dac=15, diffusion_ql=20, dtql=26, edp_crr=20, edp_iql=20, edp_td3=20, qvpo_online=5)
-OUR_ROWS = (
-    {"antmaze", "adroit", "kitchen", "bandit", BUNDLED},
-    {"antmaze", "adroit", "kitchen", "bandit", BANDIT_TASKS[0], BUNDLED},
-    {"InvertedPendulum-v5", "Pendulum-v1", "bandit"},
-)
 
 
 def published_settings(script):
@@ -63,14 +57,7 @@ def test_every_task_has_its_published_settings(script):
         assert sources.pop("env_id") == ("default" if task == script.Args.env_id else "given"), task
         row = "task" if task in script.TASK_SETTINGS else f"row ({task[:-1]}0)"  # DTQL's mazes-v2
         assert set(sources.values()) <= {row, "default"}, task
-
-
-def test_every_row_of_a_script_is_published_or_ours(script):
-    published = published_settings(script)
-    assert script.TASK_SETTINGS.keys() - published.keys() in OUR_ROWS
-    for task, row in script.TASK_SETTINGS.items():
-        assert task not in published or (row.keys() <= published[task].keys() and find_task(task))
-        check_bounds(resolve(script, task)[0])  # also: every setting of a row is one of Args
+        assert script.TASK_SETTINGS.get(task, {}).keys() <= expected.keys(), task
 
 
 # === Tasks without a row of their own ===
@@ -82,7 +69,6 @@ def test_every_row_of_a_script_is_published_or_ours(script):
         ("D4RL/antmaze/umaze-v1", ["antmaze-umaze-v0", "antmaze"]),
         ("D4RL/door/human-v2", ["door-human-v1", "adroit"]),
         ("AdroitHandDoor-v1", ["adroit"]),
-        ("FrankaKitchen-v1", ["kitchen"]),
         ("bandit-corners-v0", ["bandit-corners-v0", "bandit"]),
     ],
 )
@@ -116,16 +102,6 @@ def test_given_beats_task_beats_default():
 def test_numbers_below_zero_and_in_other_spellings():
     args, _ = parsed("--rho", "-1.5", "--eta-min", "1e-5", "--action-bounds", "-2", "2e0")
     assert (args.rho, args.eta_min, args.action_bounds) == (-1.5, 1e-5, (-2.0, 2.0))
-
-
-def test_a_checkpoint_has_the_defaults_of_a_resumed_run(tmp_path, capsys):
-    """They beat those of the task, and are what --help shows then."""
-    folder = str(train(tmp_path, dac, total_steps=1, env_id="bandit-corners-v0", eta=1.0))
-    args, sources = parsed("--resume", folder, "--tau", "0.5")
-    assert (args.env_id, args.eta, args.hidden_dims, args.tau) == ("bandit-corners-v0", 1.0, (8, 8), 0.5)
-    assert (sources["eta"], sources["diffusion_steps"], sources["gamma"]) == ("given", "given", "default")
-    assert args.resume == folder
-    assert "itsstart(default:1.0)" in help_of("--resume", folder, capsys=capsys)
 
 
 def help_of(*words, capsys, script=dac):

@@ -9,8 +9,3 @@ def test_shape_comments_are_true(script):
     assert checked.wrong == []
     assert checked.checked == checked.comments.keys(), "lines whose comments were not checked"
     assert len(checked.checked) >= 25
-
-
-def test_a_wrong_comment_is_named():
-    text = (ROOT / "dac.py").read_text().replace("  # (num_qs, batch, n)", "  # (num_qs, batch, n + 1)")
-    assert "says (num_qs, batch, n + 1), the shape is" in run_checked("dac", text).wrong[0][1]

@@ -2,8 +2,6 @@
 
 import ast
 import importlib
-import subprocess
-import sys
 from itertools import combinations
 
 import pytest
@@ -68,11 +66,10 @@ def test_common_knows_no_algorithm():
 def test_what_need_not_be_loaded_is_not():
     """--help and tools do without PyTorch; a name without arrays; Hopper without other domains and Minari."""
     code = "import sys, common.cli, common.tasks; print(*sys.modules)\n"
-    code += (
-        "from common.datasets import load_dataset; load_dataset(common.tasks.find_task('hopper-mini-v0'))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code + "print(*sys.modules)"], cwd=ROOT, capture_output=True)
-    names, hopper = (set(line.split()) for line in done.stdout.decode().splitlines()[:2])
+    code += "from common.datasets import load_dataset as load\n"
+    code += "load(common.tasks.find_task('hopper-mini-v0')); print(*sys.modules)"
+    _, out, _ = runs.finish(runs.python("-c", code, cwd=ROOT))
+    names, hopper = (set(line.split()) for line in out.splitlines()[:2])
     assert not names & {"torch", "h5py", "minari"}
     others = {"common.d4rl_envs", "common.minari_data", "common.downloads", "common.own_data"}
     assert not hopper & {"torch", "minari", "gymnasium_robotics", *others}
@@ -91,9 +88,7 @@ def test_a_reader_has_little_to_read(tmp_path):
     assert count_lines(COMMON) <= 1_600
     settings = runs.tiny_settings(dac, env_id="hopper-mini-v0", run_dir=str(tmp_path), reward_tune="none")
     code = "import sys, dac\ndac.run_command(dac.train, dac.Args, dac.TASK_SETTINGS)\n"
-    code += (
-        "print(*(module.__file__ for module in sys.modules.values() if getattr(module, '__file__', None)))"
-    )
+    code += "print(*(getattr(module, '__file__', None) for module in sys.modules.values()))"
     given = {name: value for name, value in vars(settings).items() if value not in (None, ())}
     _, out, err = runs.finish(runs.python("-c", code, *runs.to_words(**given), cwd=ROOT))
     assert "finished: " in out, err

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import torch
 from conformance import jax_formulas
-from conformance.files import CPU, LeftOut, rounded, statistics
-from conformance.jax_formulas import bias, chain_noise, drawn, kernel, raw_gradients, whole_batch
+from conformance.files import CPU, LeftOut, arguments, rounded, whole_batch
+from conformance.jax_formulas import chain_noise, drawn, fill, make_batch, raw_gradients, traced_sample
 
 import dac
 
@@ -34,54 +34,34 @@ METRICS = {
 
 def make_args(case, overrides):
     options = case.golden.get("other_defaults", {}) | case.golden["config"] | overrides
-    for name, value in FIXED.items():
-        if options.pop(name, value) != value:
-            raise LeftOut(f"{name} other than {value}")
-    unknown = options.keys() - OPTIONS
-    assert not unknown, f"options of the case that the harness cannot set: {unknown}"
-    return dac.Args(**{OPTIONS[name]: value for name, value in options.items()})
+    return dac.Args(**arguments(options, OPTIONS, FIXED))
 
 
 def parameters_of(agent, take=lambda parameter: parameter):
-    """Golden name -> tensor in the layout [out, in]; take(parameter) may give its gradient instead."""
-    tensors = {}
-    for name, actor in (("actor", agent.actor), ("actor_tar", agent.actor_target)):
-        for layer, linear in enumerate([*actor.time_mlp, *actor.layers]):
-            tensors[f"{name}.l{layer}.weight"] = take(linear.weight)
-            tensors[f"{name}.l{layer}.bias"] = take(linear.bias)
-    for name, critic in (("critic", agent.critic), ("critic_tar", agent.critic_target)):
-        for layer, linear in enumerate(critic.layers):
-            weight, bias = take(linear.weight), take(linear.bias)
-            for k in range(0 if weight is None else len(weight)):
-                tensors[f"{name}.k{k}.l{layer}.weight"] = weight[k].T
-                tensors[f"{name}.k{k}.l{layer}.bias"] = bias[k, 0]
-    return tensors
+    networks = {"actor": agent.actor, "actor_tar": agent.actor_target}
+    networks |= {"critic.k{0}": agent.critic, "critic_tar.k{0}": agent.critic_target}
+    return jax_formulas.parameters_of(networks, take)
 
 
 @torch.no_grad()
 def make_agent(case, **overrides):
     """The agent of a case, filled by formula; overrides are golden option names."""
-    agent = dac.DAC(case.golden["dims"]["S"], case.golden["dims"]["A"], make_args(case, overrides), CPU)
-    for name, tensor in parameters_of(agent).items():
-        network, *member, layer, kind = name.split(".")
-        shift = 0.5 * int(member[0][1:] if member else 0) + 0.25 * network.endswith("_tar")
-        layer = int(layer[1:])
-        gain = case.golden["dims"].get("kernel_gain", 1)
-        is_weight = kind == "weight"
-        tensor.copy_(
-            kernel(tensor.shape, layer, shift, gain) if is_weight else bias(len(tensor), layer, shift)
-        )
+    dims = case.golden["dims"]
+    agent = dac.DAC(dims["S"], dims["A"], make_args(case, overrides), CPU)
+
+    def shift_of(network):
+        return 0.5 * int(network.partition(".k")[2] or 0) + 0.25 * ("_tar" in network)
+
+    fill(parameters_of(agent), shift_of, dims.get("kernel_gain", 1))
     return agent
 
 
 def make_draws(agent, draws):
     """Draws by meaning, from the entries of one update; what it does not have is drawn."""
-    critic = [draw for draw in draws if "critic update" in draw["why"]]
+    critic = [draw for draw in draws if "critic update" in draw["why"] and draw["kind"] == "normal"]
     denoised = [draw for draw in draws if "denoised" in draw["why"]]
     of = {
-        "next_action_noise": [chain_noise([draw for draw in critic if draw["kind"] == "normal"])]
-        if critic
-        else [],
+        "next_action_noise": [chain_noise(critic)] if critic else [],
         "t": [drawn(draw)[0] for draw in draws if draw["kind"] == "randint"],
         "eps": [drawn(draw)[0] for draw in draws if "noise eps" in draw["why"]],
         "action_noise": [chain_noise(denoised)] if denoised else [],
@@ -91,17 +71,12 @@ def make_draws(agent, draws):
     return agent.draw(len(given["t"]) if "t" in given else agent.args.batch_size)._replace(**given)
 
 
-def make_batch(case):
-    names = ("observations", "actions", "rewards", "next_observations", "dones")
-    return dac.Batch(*(case.inputs[name] for name in names))
-
-
 def compare_update(case, agent, entry, draws, update_number=1):
     """Update the networks that the draws belong to; compare metrics, gradients, parameters and eta."""
     # In float32, gradients of the authors' own code are up to 4e-5 from their double-precision run in a first
     # update; in later updates Adam has amplified the rounding of near-zero gradients.
     later = update_number > 1
-    batch = make_batch(case)
+    batch = make_batch(case, dac)
     agent.args.batch_size = len(batch.obs)
     for name in ("critic", "actor"):
         if not any(f"{name} update" in draw["why"] for draw in draws):  # then it stays as it is
@@ -128,16 +103,9 @@ def compare_update(case, agent, entry, draws, update_number=1):
             case.close(metrics[name.replace("_raw", "")], expected, name, 5e-3 if later else 1e-5)
         elif name.startswith("raw_grads"):
             actual = parameters_of(agent, lambda parameter: gradients.get(id(parameter)))
-            for parameter, value in expected.items():
-                case.close(
-                    statistics(actual[parameter]), value, f"gradient of {parameter}", 5e-3 if later else 2e-4
-                )
-        elif isinstance(expected, dict) and all(
-            re.match(r"(actor|critic)", parameter) for parameter in expected
-        ):
-            actual = parameters_of(agent)
-            for parameter, value in expected.items():
-                case.close(statistics(actual[parameter]), value, parameter, 1e-3)
+            case.same(actual, expected, "gradient of", 5e-3 if later else 2e-4)
+        elif isinstance(expected, dict) and all(each.startswith(("actor", "critic")) for each in expected):
+            case.same(parameters_of(agent), expected, "parameter", 1e-3)
         else:
             continue
         compared.add(name)
@@ -210,44 +178,35 @@ def check_sampler(case):
         if re.search(r"ddim|q_guidance|without clip|temperature (?!1\b)", name):
             case.left_out(f"sampler {name}")
             continue
-        inputs = []
-        agent.actor.register_forward_pre_hook(
-            lambda module, arguments, seen=inputs: seen.append(arguments[1])
-        )
-        with torch.no_grad():
-            action = agent.sample(agent.actor, case.inputs["observations"], chain_noise(expected["draws"]))
+        noise = chain_noise(expected["draws"])
+        action, (*inputs, _) = traced_sample(agent, case.inputs["observations"], noise)
         case.close(torch.stack(inputs), [step["x_in"] for step in expected["trace"]], f"{name}: x_t", 1e-4)
         case.close(action, expected["actions"], name, 1e-4)
 
 
 def check_act(case):
-    for name in ("batch", "single", "detail"):
+    for name, rows in (("batch", None), ("single", 1)):
         expected = case.golden["sample_actions"][name]
-        agent = make_agent(case)
-        obs = case.inputs["observations"] if name != "single" else case.inputs["observations"][:1]
-        noise = chain_noise(expected["draws"])
-        if name == "detail":
-            repeated = obs.repeat_interleave(agent.args.num_action_samples, dim=0)
-            with torch.no_grad():
-                candidates = agent.sample(agent.actor, repeated, noise)
-                q = agent.critic_target(repeated, candidates).mean(0).unflatten(0, (len(obs), -1))
-            case.close(
-                candidates[: agent.args.num_action_samples], expected["candidates_row0"], "candidates", 1e-4
-            )
-            case.close(q, expected["q_mean_over_heads"], "q of the candidates")
-            assert q.argmax(1).tolist() == expected["argmax"]
-        else:
-            action = agent.act(obs, noise)
-            case.close(
-                action.squeeze(0), expected.get("actions", expected.get("action")), f"{name} action", 1e-4
-            )
+        obs, noise = case.inputs["observations"][:rows], chain_noise(expected["draws"])
+        actions = expected.get("actions", expected.get("action"))
+        case.close(make_agent(case).act(obs, noise).squeeze(0), actions, f"{name} action", 1e-4)
+
+
+@torch.no_grad()
+def check_candidates(case):
+    expected, agent = case.golden["sample_actions"]["detail"], make_agent(case)
+    obs, n = case.inputs["observations"], agent.args.num_action_samples
+    repeated = obs.repeat_interleave(n, dim=0)
+    candidates = agent.sample(agent.actor, repeated, chain_noise(expected["draws"]))
+    q = agent.critic_target(repeated, candidates).mean(0).unflatten(0, (len(obs), -1))
+    case.close(candidates[:n], expected["candidates_row0"], "candidates", 1e-4)
+    case.close(q, expected["q_mean_over_heads"], "q of the candidates")
+    assert q.argmax(1).tolist() == expected["argmax"]
 
 
 def check_guidance_losses(case):
-    entries = {
-        name: entry for name, entry in case.golden["guidance_losses"].items() if isinstance(entry, dict)
-    }
-    for name, entry in entries.items():
+    entries = case.golden["guidance_losses"].items()
+    for name, entry in [(name, entry) for name, entry in entries if isinstance(entry, dict)]:
         agent = make_agent(case, Q_guidance=name)
         agent.actor_tau.fill_(agent.args.tau)
         compared = compare_update(case, agent, entry, entry["draws"])

@@ -7,11 +7,10 @@ the noise schedule in float32; with its coefficients ours agrees to 1e-9, with o
 import re
 
 import numpy as np
-import pytest
 import torch
 from conformance import torch_formulas
-from conformance.files import CPU, LeftOut, statistics, units
-from conformance.torch_formulas import batch_columns, chosen, drawn, filled, rounded_tables, uniforms
+from conformance.files import CPU, arguments, tensors_of, units, whole_batch
+from conformance.torch_formulas import choosing, chosen, drawn, fill, make_batch, uniforms
 
 import diffusion_ql
 
@@ -28,11 +27,9 @@ NETWORKS = {
     "actor": "actor", "ema_model": "actor_target", "critic": "critic", "critic_target": "critic_target",
 }  # fmt: skip
 
-# What a float32 number may be off, relative to 1 + |number|, in either precision; behind it the largest
-# error in single precision over the instruction sets of PyTorch, MKL and oneDNN with 1 and 2 threads, on an
-# AMD EPYC, here and with 17 observations, 6 actions, 10 steps, max-Q backup and weights 2.5 times as large.
-# The largest number in a chain is x_T / sqrt(alpha_bar_T), which is 12 x_T, up to 1.3; it is clipped only
-# then.
+# What a float32 number may be off, relative to 1 + |number|, in either precision; behind it the largest error
+# in single precision over the instruction sets of PyTorch, MKL and oneDNN, 1 and 2 threads, on an AMD EPYC.
+# The largest number in a chain is x_T / sqrt(alpha_bar_T), 12 x_T, up to 1.3; it is clipped only then.
 NUMBER = units(1.3 / diffusion_ql.vp_schedule(5).alpha_bar[-1] ** 0.5)  # 7.7e-6
 LATER_NUMBER = 1e-4  # 1.6e-5, in the second and third update
 GRADIENT = 2e-4  # 5.3e-6
@@ -41,27 +38,15 @@ PARAMETER = 1e-3  # 7.7e-5: Adam moves a weight whose gradient is all rounding e
 
 def make_args(case, **overrides):
     config = dict(case.golden["meta"]["config"])
-    fixed = {"beta_schedule": "vp", "max_action": 1, "ema_decay": 1 - config["tau"]}
-    for name, value in fixed.items():
-        if config.pop(name, value) != value:
-            raise LeftOut(f"{name} other than {value}")
-    unknown = config.keys() - OPTIONS - SIZES
-    assert not unknown, f"options of the case that the harness cannot set: {unknown}"
-    values = {OPTIONS[name]: value for name, value in config.items() if name in OPTIONS}
-    return diffusion_ql.Args(**values | overrides)
+    built_in = {"beta_schedule": "vp", "max_action": 1, "ema_decay": 1 - config["tau"]}
+    return diffusion_ql.Args(**arguments(config, OPTIONS, built_in, SIZES) | overrides)
 
 
 def parameters_of(case, agent, authors_name, take=lambda parameter: parameter):
     """Golden name -> tensor in the layout [out, in]; take(parameter) may give its gradient instead."""
-    network = getattr(agent, NETWORKS[authors_name])
-    if isinstance(network, diffusion_ql.EnsembleCritic):
-        layers = [(member, layer) for member in range(2) for layer in network.layers]
-        pairs = [(take(each.weight)[member].T, take(each.bias)[member, 0]) for member, each in layers]
-    else:
-        layers = [*network.time_mlp, *network.layers]
-        pairs = [(take(layer.weight), take(layer.bias)) for layer in layers]
+    tensors = tensors_of(getattr(agent, NETWORKS[authors_name]), take)
     names = [name for name, _ in case.golden["params"][authors_name]]
-    return dict(zip(names, [values for pair in pairs for values in pair], strict=True))
+    return dict(zip(names, tensors, strict=True))
 
 
 @torch.no_grad()
@@ -69,15 +54,9 @@ def make_agent(case, gain=1.0, **overrides):
     """The agent of a case, filled by formula; gain multiplies the weights."""
     config = case.golden["meta"]["config"]
     agent = diffusion_ql.DiffusionQL(config["S"], config["A"], make_args(case, **overrides), CPU)
-    for authors_name in NETWORKS:
-        is_target = authors_name in ("ema_model", "critic_target")
-        for position, (name, parameter) in enumerate(parameters_of(case, agent, authors_name).items()):
-            parameter.copy_(filled(parameter.shape, position, name.split(".")[-1], is_target, gain))
+    for ours in NETWORKS.values():
+        fill(tensors_of(getattr(agent, ours)), ours.endswith("_target"), gain)
     return agent
-
-
-def make_batch(case):
-    return diffusion_ql.Batch(*batch_columns(case.golden["meta"]["config"]))
 
 
 def chain_noise(draws, network):
@@ -102,16 +81,14 @@ def make_draws(draws):
 
 
 def near(case, actual, expected, name):
-    """The file has this number in float32 only, so either precision is held to what float32 can do."""
-    case.close(actual, expected, name, NUMBER, NUMBER)
+    case.near(actual, expected, name, NUMBER)
 
 
 def check_fill_and_inputs(case):
-    torch_formulas.compare_batch(case, make_batch(case))
+    torch_formulas.compare_batch(case, make_batch(case, diffusion_ql))
     agent = make_agent(case)
     for authors_name, tensors in case.golden["params_filled"].items():
-        for name, parameter in parameters_of(case, agent, authors_name).items():
-            case.close(statistics(parameter), tensors[name], f"{authors_name} {name}")
+        case.same(parameters_of(case, agent, authors_name), tensors, authors_name)
 
 
 def check_schedule(case):
@@ -129,7 +106,7 @@ def check_schedule(case):
 
 def check_forward(case):
     for expected in (case.golden["forward"], case.golden["sections"].get("forward_strong", {})):
-        agent, batch = make_agent(case, expected.get("gain", 1.0)), make_batch(case)
+        agent, batch = make_agent(case, expected.get("gain", 1.0)), make_batch(case, diffusion_ql)
         q = agent.critic(batch.obs, batch.action)
         target_q = agent.critic_target(batch.obs, batch.action)
         t = torch.tensor(expected.get("t", [0])) + 1
@@ -147,7 +124,7 @@ def check_forward(case):
 
 
 def check_chains(case):
-    sections, agent, batch = case.golden["sections"], make_agent(case), make_batch(case)
+    sections, agent, batch = case.golden["sections"], make_agent(case), make_batch(case, diffusion_ql)
     chains = {"chain_actor": ("actor", batch.obs), "chain_ema": ("actor_target", batch.next_obs)}
     for name, (network, obs) in chains.items():
         expected, actor, seen = sections[name], getattr(agent, network), []
@@ -159,7 +136,7 @@ def check_chains(case):
 
 
 def check_max_q_backup(case):
-    expected, batch = case.golden["sections"]["max_q_backup_targets"], make_batch(case)
+    expected, batch = case.golden["sections"]["max_q_backup_targets"], make_batch(case, diffusion_ql)
     agent = make_agent(case, max_q_backup=True)
     n = agent.num_next_actions
     next_obs = batch.next_obs.repeat_interleave(n, dim=0)
@@ -174,12 +151,12 @@ def check_max_q_backup(case):
 def near_gradients(case, agent, loss, expected):
     parameters = list(agent.actor.parameters())
     gradients = dict(zip(parameters, torch.autograd.grad(loss, parameters), strict=True))
-    for name, gradient in parameters_of(case, agent, "actor", gradients.get).items():
-        near(case, statistics(gradient), expected[name], f"gradient of {name}")
+    of_actor = parameters_of(case, agent, "actor", gradients.get)
+    case.same(of_actor, {name: expected[name] for name in of_actor}, "gradient of", NUMBER, NUMBER)
 
 
 def check_actor_losses(case):
-    sections, batch = case.golden["sections"], make_batch(case)
+    sections, batch = case.golden["sections"], make_batch(case, diffusion_ql)
     bc_loss = sections["bc_loss"]
     for member, name in enumerate(("q_loss_use_q1", "q_loss_use_q2")):
         q_loss, agent = sections[name], make_agent(case)
@@ -192,19 +169,13 @@ def check_actor_losses(case):
 
 
 def check_act(case):
-    """One of the candidates; the multinomial draw is replaced by the file's, by its formula."""
-    expected, seen = case.golden["sections"]["eval_action"], []
-
-    def multinomial(probabilities, count):
-        seen.append(probabilities)
-        return torch.tensor([[chosen(probabilities[0], uniforms(0, 1).item())]])
-
+    expected = case.golden["sections"]["eval_action"]
     agent = make_agent(case, num_action_samples=len(expected["q_min_target"]))
     shape = [agent.args.num_action_samples, agent.action_dim]
     normals = [{"kind": "normal", "n": n, "shape": shape} for n in range(agent.args.diffusion_steps)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "multinomial", multinomial)
-        action = agent.act(make_batch(case).obs[:1], torch.stack([drawn(draw) for draw in normals]))
+    noise = torch.stack([drawn(draw) for draw in normals])
+    with choosing(uniforms(0, 1).item()) as seen:
+        action = agent.act(make_batch(case, diffusion_ql).obs[:1], noise)
     near(case, seen[0][0], expected["probs"], "probabilities of the candidates")
     near(case, action[0], expected["action"], "action")
     for u, index in expected["index_for_other_u"].items():
@@ -213,7 +184,7 @@ def check_act(case):
 
 def run_updates(case, agent, draws, steps):
     """Updates on the batch of the file, with its draws; in single precision each of them is compared."""
-    batch, losses = make_batch(case), []
+    batch, losses = make_batch(case, diffusion_ql), []
     for number, entry in enumerate(steps, start=1):
         agent.set_step(entry.get("agent_step_before", 0))
         assert bool(agent.actor_tau > 0) == entry.get("ema_updated", agent.actor_tau > 0)
@@ -222,9 +193,7 @@ def run_updates(case, agent, draws, steps):
                 agent.optimizers[name].param_groups[0]["lr"].fill_(entry[f"{name}_lr"])
         agent.args.max_grad_norm = entry.get("grad_norm_limit", agent.args.max_grad_norm)
         of_step = make_draws([draw for draw in draws if draw["step"] == number])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(agent, "draw", lambda batch_size, of_step=of_step: of_step)
-            patch.setattr(torch, "randint", lambda size, shape, device: torch.arange(size))
+        with whole_batch(agent, of_step):
             metrics = agent.update(batch)
         losses.append({name: metric.item() for name, metric in metrics.items()})
         if not case.double:
@@ -237,27 +206,20 @@ def compare_update(case, agent, entry, metrics, tolerance):
         case.close(metrics[name], entry[name], name, tolerance)
     for authors_name in ("actor", "critic"):
         gradients = parameters_of(case, agent, authors_name, lambda parameter: parameter.grad)
-        for name, expected in entry.get(f"{authors_name}_grads_after_clip", {}).items():
-            case.close(statistics(gradients[name]), expected, f"gradient of {name}", GRADIENT)
+        case.same(gradients, entry.get(f"{authors_name}_grads_after_clip", {}), "gradient of", GRADIENT)
     compare_parameters(case, agent, entry.get("params_after", {}))
 
 
 def compare_parameters(case, agent, networks, double_tolerance=1e-9):
     for authors_name, tensors in networks.items():
         parameters = parameters_of(case, agent, authors_name)
-        for name, expected in tensors.items():
-            what = f"{authors_name} {name}"
-            case.close(statistics(parameters[name]), expected, what, PARAMETER, double_tolerance)
+        case.same(parameters, tensors, authors_name, PARAMETER, double_tolerance)
 
 
 def check_updates(case):
     compare_updates(case, 1e-6)
-
-
-def check_updates_with_rounded_coefficients(case):
-    if case.double:
-        with rounded_tables(case, diffusion_ql):
-            compare_updates(case, 1e-9)
+    with torch_formulas.rounded_tables(case, diffusion_ql):
+        compare_updates(case, 1e-9)
 
 
 def compare_updates(case, double_tolerance):
@@ -279,5 +241,6 @@ def check_first_update_leaves_the_target_actor(case):
     expected, agent = case.golden["sections"]["train_from_step0"], make_agent(case)
     run_updates(case, agent, case.golden["sections"]["train"]["draws"], [expected])
     for authors_name in ("ema_model", "critic_target"):
-        for name, parameter in parameters_of(case, agent, authors_name).items():
-            near(case, statistics(parameter), expected[authors_name][name], name)
+        parameters = parameters_of(case, agent, authors_name)
+        of_network = {name: expected[authors_name][name] for name in parameters}
+        case.same(parameters, of_network, authors_name, NUMBER, NUMBER)

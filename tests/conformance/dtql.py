@@ -1,19 +1,16 @@
 """dtql.py against its golden files.
 
-They hold float32 numbers and, for losses and parameters of the training, those of a double-precision run.
-What does not depend on the denoiser's loss is met to 1e-9 there. In that run the noise levels and the
-scalings made from them were still float32. Draws are given float32 noise levels here, too, equal in the last
-bit; but where else that code rounded cannot be seen from outside: what depends on the denoiser's loss agrees
-to about 1e-7, and is held to the 1e-6 stated for these files. tests/test_dtql.py has that loss in double
-precision.
+They hold float32 numbers and, of the training, those of a double-precision run, in which the noise levels
+and the scalings made from them were still float32. Draws have float32 noise levels here, too, equal in the
+last bit; where else that code rounded cannot be seen. So what depends on the denoiser's loss is held to 1e-6
+there, the rest to 1e-9. tests/test_algorithms.py has that loss in double precision.
 """
 
 from itertools import zip_longest
 
-import pytest
 import torch
-from conformance.files import CPU, LeftOut, statistics, units
-from conformance.torch_formulas import batch_columns, chosen, compare_batch, drawn, filled, uniforms
+from conformance.files import CPU, arguments, statistics, units
+from conformance.torch_formulas import choosing, compare_batch, drawn, fill, make_batch, uniforms
 
 import dtql
 
@@ -32,13 +29,10 @@ OF_LEFT_OUT_TARGETS = {"ema_decay", "step_start_ema", "update_ema_every"}
 LEFT_OUT_TARGETS = ("bc_actor_target.", "distill_actor_target.", "critic_target.v_model.")
 NETWORKS = {"bc_actor": "denoiser", "critic": "critic", "distill_actor": "actor"}  # golden name: ours
 
-# What a float32 number may be off, relative to 1 + |number|, in either precision; behind it the largest
-# error in single precision over the instruction sets of PyTorch, MKL and oneDNN with 1 and 2 threads, on an
-# AMD EPYC, here and with 29 observations, 8 actions and weights 2.5 times as large. Numbers after an
-# optimizer step are off by more: where a gradient is all rounding, Adam moves the weight by its learning
-# rate either way. In this file that is so for 11 of the critics' 274,434 weights; they alone are why the
-# policy's first gradients, taken after the critics' first step, are off by up to 1.5e-4: with the critics of
-# the double-precision run it is 9e-7.
+# What a float32 number may be off, relative to 1 + |number|, in either precision; behind it the largest error
+# in single precision over the instruction sets of PyTorch, MKL and oneDNN, 1 and 2 threads, on an AMD EPYC.
+# After an optimizer step it is more: where a gradient is all rounding, as for 11 of the critics' 274,434
+# weights here, Adam moves the weight by its learning rate either way.
 NUMBER = units(10)  # 1.1e-6; a loss of the denoiser has 1 / c_out inside, too
 GRADIENT = 3e-4  # 1.3e-4, through layer normalisation, which divides by a deviation
 STEPPED_NUMBER = 5e-4  # 3.0e-5
@@ -49,12 +43,7 @@ PARAMETER = 1e-3  # 0.65 of what is allowed, with the gaps of the file
 
 def make_args(case):
     options = dict(case.golden["meta"]["config"])
-    for name, value in FIXED.items():
-        if options.pop(name, value) != value:
-            raise LeftOut(f"{name} other than {value}")
-    unknown = options.keys() - OPTIONS - SIZES - OF_LEFT_OUT_TARGETS
-    assert not unknown, f"options of the case that the harness cannot set: {unknown}"
-    return dtql.Args(**{OPTIONS[name]: value for name, value in options.items() if name in OPTIONS})
+    return dtql.Args(**arguments(options, OPTIONS, FIXED, SIZES | OF_LEFT_OUT_TARGETS))
 
 
 def layers_of(agent):
@@ -89,16 +78,14 @@ def make_agent(case, gain=1.0):
     sizes = case.golden["meta"]["config"]
     agent = dtql.DTQL(sizes["S"], sizes["A"], make_args(case), CPU)
     for network, layers in layers_of(agent).items():
-        for position, layer in enumerate(layers):
-            kind = "weight" if layer.weight.dim() == 2 else "scale"
-            is_target = network.endswith("_target")
-            layer.weight.copy_(filled(layer.weight.shape, 2 * position, kind, is_target, gain))
-            layer.bias.copy_(filled(layer.bias.shape, 2 * position + 1, "bias", is_target, gain))
+        tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        fill(tensors, network.endswith("_target"), gain)
     return agent
 
 
-def make_batch(case):
-    return dtql.Batch(*batch_columns(case.golden["meta"]["config"]))
+def begin(case, name):
+    """What a check of one loss begins with: its section of the file, an agent, the batch."""
+    return case.golden["sections"][name], make_agent(case), make_batch(case, dtql)
 
 
 def sigma_of(u):
@@ -129,8 +116,7 @@ def of_denoiser(sigma):
 
 
 def near(case, actual, expected, name, tolerance=NUMBER):
-    """In either precision: the file has this number in float32 only, or with float32 inside."""
-    case.close(actual, expected, name, tolerance, tolerance)
+    case.near(actual, expected, name, tolerance)
 
 
 def compare_tensors(case, actual, expected, name, tolerance, gaps=()):
@@ -175,7 +161,7 @@ def check_fill_and_inputs(case):
     """The file means by its formulas what the harness means by them."""
     expected = named({name: of for name, of in case.golden["params_filled"].items() if isinstance(of, dict)})
     compare_tensors(case, parameters_of(case, make_agent(case)), expected, "fill", 1e-6)
-    compare_batch(case, make_batch(case), 1e-6, 1e-6)
+    compare_batch(case, make_batch(case, dtql), 1e-6, 1e-6)
 
 
 def check_noise_levels(case):
@@ -194,7 +180,7 @@ def check_noise_levels(case):
 
 
 def check_forward(case):
-    forward, agent, batch = case.golden["forward"], make_agent(case), make_batch(case)
+    forward, agent, batch = case.golden["forward"], make_agent(case), make_batch(case, dtql)
     sigma = torch.tensor(forward["sigma"], dtype=torch.float32).unsqueeze(1)
     t = torch.tensor(forward["t"], dtype=torch.float32).unsqueeze(1)
     mean, std = agent.actor(batch.obs)
@@ -211,14 +197,14 @@ def check_forward(case):
 
 
 def check_policy_sample(case):
-    section, agent, obs = case.golden["sections"]["policy_sample"], make_agent(case), make_batch(case).obs
+    section, agent, batch = begin(case, "policy_sample")
     agent.args.num_action_samples = 1
-    action = agent.act(obs, drawn(section["draws"][0]).unsqueeze(1))
+    action = agent.act(batch.obs, drawn(section["draws"][0]).unsqueeze(1))
     near(case, action, section["action"], "action")
 
 
 def check_diffusion_loss(case):
-    section, agent, batch = case.golden["sections"]["diffusion_loss"], make_agent(case), make_batch(case)
+    section, agent, batch = begin(case, "diffusion_loss")
     draws = make_draws(section["draws"], bc="loss loss")
     sigma, noise = draws.bc_sigma, draws.bc_noise
     near(case, sigma, section["sigma"], "sigma", 0)
@@ -234,7 +220,7 @@ def check_diffusion_loss(case):
 
 
 def check_critic_loss(case):
-    section, agent, batch = case.golden["sections"]["critic_loss"], make_agent(case), make_batch(case)
+    section, agent, batch = begin(case, "critic_loss")
     loss, metrics = agent.critic_loss(batch)
     near(case, loss, section["loss"], "loss")
     near(case, metrics["q_loss"], section["q1_mse"] + section["q2_mse"], "loss of the critics")
@@ -243,7 +229,7 @@ def check_critic_loss(case):
 
 
 def check_actor_loss(case):
-    section, agent, batch = case.golden["sections"]["actor_loss"], make_agent(case), make_batch(case)
+    section, agent, batch = begin(case, "actor_loss")
     draws = make_draws(section["draws"], trust="loss loss")
     loss, metrics = agent.actor_loss(batch, draws)
     mean, std = agent.actor(batch.obs)
@@ -263,20 +249,9 @@ def check_actor_loss(case):
     near(case, gradient, section["dtotal_dnew_action"], "gradient of the action")
 
 
-def act_with(agent, obs, noise, u):
-    """The action whose multinomial draw is the file's, by its formula, for the uniform number u."""
-
-    def multinomial(probabilities, count):
-        return torch.tensor([[chosen(probabilities[0], u)]])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "multinomial", multinomial)
-        return agent.act(obs, noise.unsqueeze(0))[0]
-
-
 def check_act(case):
     section, agent = case.golden["sections"]["eval_action"], make_agent(case)
-    obs, noise = make_batch(case).obs[:1], drawn(section["draws"][0])
+    obs, noise = make_batch(case, dtql).obs[:1], drawn(section["draws"][0])
     mean, std = agent.actor(obs)
     candidates = (mean + std * noise).tanh()
     q = agent.critic_target(obs.expand(len(noise), -1), candidates).amin(0)
@@ -288,8 +263,11 @@ def check_act(case):
     near(case, candidates[section["index"]], section["action"], "action")
     rounding = 0.0 if case.double else 1e-6  # of the probabilities' sums, which may step over u
     for u, index in {section["u"]: section["index"], **section["index_for_other_u"]}.items():
-        shifted = (float(u), float(u) - rounding, float(u) + rounding)
-        actions = torch.stack([act_with(agent, obs, noise, each) for each in shifted])
+        found = []
+        for shifted in (float(u), float(u) - rounding, float(u) + rounding):
+            with choosing(shifted):
+                found.append(agent.act(obs, noise.unsqueeze(0))[0])
+        actions = torch.stack(found)
         nearest = (actions - candidates[index]).abs().amax(1).argmin()
         near(case, actions[nearest], candidates[index].tolist(), f"action for {u}", 1e-12)
 
@@ -307,7 +285,7 @@ def check_training(case):
     sections = case.golden["sections"]
     for section in [section for name, section in sections.items() if name.startswith("train")]:
         draws = section["draws"] if isinstance(section["draws"], list) else sections["train"]["draws"]
-        agent, batch = make_agent(case, section["gain"]), make_batch(case)
+        agent, batch = make_agent(case, section["gain"]), make_batch(case, dtql)
         agent.sample_batch = lambda data: data
         for number, entry in enumerate(section["steps"]):
             step_draws = make_draws([draw for draw in draws if draw["step"] == number + 1])
@@ -345,7 +323,7 @@ def compare_update(case, agent, section, number, losses):
 
 
 def check_pretraining(case):
-    section, agent, batch = case.golden["sections"]["pretrain"], make_agent(case), make_batch(case)
+    section, agent, batch = case.golden["sections"]["pretrain"], make_agent(case), make_batch(case, dtql)
     waiting = [*agent.critic_target.parameters(), *agent.actor.parameters()]
     before = [parameter.clone() for parameter in waiting]
     steps = max(step for step, _, _ in section["losses"])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conformance import jax_formulas
-from conformance.files import CPU, LeftOut, rounded, statistics
-from conformance.jax_formulas import bias, drawn, kernel, raw_gradients, whole_batch
+from conformance.files import CPU, LeftOut, rounded, whole_batch
+from conformance.jax_formulas import drawn, fill, make_batch, raw_gradients, traced_sample
 
 # golden option: argument of the scripts; a script ignores what it has no argument for
 OPTIONS = {
@@ -35,10 +35,8 @@ CHOICES = {
     "crr_weight_mode": {"mle": "gaussian", "elbo": "elbo"},
 }
 # Single precision: the tolerance of each kind of number, and behind it the largest error (in brackets the
-# smallest, where they differ) of 18 runs on an AMD EPYC: ATEN_CPU_CAPABILITY default, avx2, avx512, MKL_CBWR
-# unset, COMPATIBLE, AVX2, and 1 or 2 threads. "later" is what follows an optimizer step, by which Adam
-# amplifies the rounding of gradients near zero: later updates, and all of IQL but V. Double precision is the
-# check, at 1e-9.
+# smallest) of 18 runs with several instruction sets on an AMD EPYC. "later": after an optimizer step, where
+# Adam amplifies the rounding of gradients near zero. Double precision is the check, at 1e-9.
 SINGLE = {
     "betas": 1e-7,  # 1.4e-8
     "alpha_bars": 1e-6,  # 9e-8
@@ -104,21 +102,10 @@ def make_args(case, overrides):
 
 
 def parameters_of(agent, take=lambda parameter: parameter):
-    """Golden name -> tensor in the layout [out, in]; take(parameter) may give its gradient instead."""
-    tensors = {}
-    for name, network in (("policy", "actor"), ("target_policy", "actor_target"), ("vf", "value")):
-        if hasattr(agent, network):
-            network = getattr(agent, network)
-            for layer, linear in enumerate([*getattr(network, "time_mlp", []), *network.layers]):
-                tensors[f"{name}.l{layer}.weight"] = take(linear.weight)
-                tensors[f"{name}.l{layer}.bias"] = take(linear.bias)
-    for name, critic in (("qf", agent.critic), ("target_qf", agent.critic_target)):
-        for layer, linear in enumerate(critic.layers):
-            weight, biases = take(linear.weight), take(linear.bias)
-            for k in range(2 if weight is not None else 0):
-                tensors[f"{name}{k + 1}.l{layer}.weight"] = weight[k].T
-                tensors[f"{name}{k + 1}.l{layer}.bias"] = biases[k, 0]
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    networks = {"policy": "actor", "target_policy": "actor_target", "vf": "value"}
+    networks |= {"qf{1}": "critic", "target_qf{1}": "critic_target"}
+    found = {name: getattr(agent, ours) for name, ours in networks.items() if hasattr(agent, ours)}
+    return jax_formulas.parameters_of(found, take)
 
 
 @torch.no_grad()
@@ -131,14 +118,12 @@ def make_agent(case, clip_t=None, **overrides):
     dims, args = case.golden["dims"], make_args(case, overrides)
     agent = getattr(script_of(case), f"EDP{algorithm_of(case)}")(dims["S"], dims["A"], args, CPU)
     set_clip_t(agent, clip_t)
-    for name, tensor in parameters_of(agent).items():
-        network, layer, kind = name.split(".")
+
+    def shift_of(network):
         member = {"qf1": 0, "qf2": 1, "vf": 2, "policy": 0}[network.removeprefix("target_")]
-        shift, layer = 0.5 * member + 0.25 * network.startswith("target_"), int(layer[1:])
-        if kind == "weight":
-            tensor.copy_(kernel(tensor.shape, layer, shift, dims.get("kernel_gain", 1)))
-        else:
-            tensor.copy_(bias(len(tensor), layer, shift))
+        return 0.5 * member + 0.25 * network.startswith("target_")
+
+    fill(parameters_of(agent), shift_of, dims.get("kernel_gain", 1))
     return agent
 
 
@@ -196,11 +181,6 @@ def make_draws(case, draws):
     return Draws(**{name: values[name] for name in Draws._fields})
 
 
-def make_batch(case):
-    names = ("observations", "actions", "rewards", "next_observations", "dones")
-    return script_of(case).Batch(*(case.inputs[name] for name in names))
-
-
 def compare_update(case, agent, entry, draws, number):
     """Run one update with the draws; compare metrics, gradients and parameters."""
     iql = algorithm_of(case) == "IQL"
@@ -212,7 +192,7 @@ def compare_update(case, agent, entry, draws, number):
     compare_next_actions(case, agent, entry, draws)
     elbo = getattr(agent.args, "likelihood", "") == "elbo"
     with raw_gradients(agent) as gradients, whole_batch(agent, make_draws(case, draws)):
-        metrics = agent.update(make_batch(case))
+        metrics = agent.update(make_batch(case, script_of(case)))
     names = METRICS | METRICS_OF[algorithm_of(case)]
     compared = [name for name in names if name in entry["metrics"] and names[name] in metrics]
     for name in compared:
@@ -223,12 +203,13 @@ def compare_update(case, agent, entry, draws, number):
     later = "later " if number > 1 else ""
     case.close(metrics["q_mean"], q_mean, "mean Q", SINGLE[f"{later}metric"])
     actual = parameters_of(agent, lambda parameter: gradients.get(id(parameter)))
-    for name, expected in entry.get("raw_grads_before_clipping", {}).items():
-        if name != "policy_dist.log_stds":
-            case.close(statistics(actual[name]), expected, f"gradient of {name}", SINGLE[f"{later}gradient"])
+    expected = entry.get("raw_grads_before_clipping", {})
+    expected = {name: values for name, values in expected.items() if name != "policy_dist.log_stds"}
+    case.same(actual, expected, "gradient of", SINGLE[f"{later}gradient"])
     if "params_after" in entry:
-        for name, actual in parameters_of(agent).items():
-            case.close(statistics(actual), entry["params_after"][name], name, SINGLE["parameter"])
+        actual = parameters_of(agent)
+        expected = {name: entry["params_after"][name] for name in actual}
+        case.same(actual, expected, "parameter", SINGLE["parameter"])
     assert {"diff_loss", "guide_loss", "policy_loss"} <= set(compared)
 
 
@@ -307,16 +288,6 @@ def check_action_approximation(case):
     }
     for name, value in actual.items():
         case.close(value, expected[name], name, SINGLE["forward"])
-
-
-def traced_sample(agent, obs, noise):
-    """The sampled actions, and x before each network call, which is what the call before it led to."""
-    seen = []
-    hook = agent.actor.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
-    with torch.no_grad():
-        actions = agent.sample(agent.actor, obs, noise)
-    hook.remove()
-    return actions, [*seen, actions]
 
 
 def check_dpm_solver(case):

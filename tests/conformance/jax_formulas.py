@@ -4,9 +4,8 @@ import re
 from contextlib import contextmanager
 
 import numpy as np
-import pytest
 import torch
-from conformance.files import rounded
+from conformance.files import members_of, rounded
 
 
 def kernel(shape, layer, shift, gain):
@@ -17,6 +16,41 @@ def kernel(shape, layer, shift, gain):
 
 def bias(size, layer, shift):
     return rounded(0.1 * np.sin(0.53 * np.arange(size) + 2 * layer + 1 + shift))
+
+
+def parameters_of(networks, take=lambda parameter: parameter):
+    """Golden name -> tensor. networks: golden name, with {0} or {1} where a member counts from 0 or 1."""
+    return {
+        f"{name.format(k, k + 1)}.l{layer}.{kind}": tensor
+        for name, network in networks.items()
+        for k, layers in enumerate(members_of(network, take))
+        for layer, pair in enumerate(layers)
+        for kind, tensor in zip(("weight", "bias"), pair, strict=True)
+    }
+
+
+def fill(tensors, shift_of, gain):
+    """Fill tensors by golden name; shift_of: from the name of a network to the shift of its formulas."""
+    for name, tensor in tensors.items():
+        network, layer, kind = re.fullmatch(r"(.*)\.l(\d+)\.(\w+)", name).groups()
+        formula = (int(layer), shift_of(network))
+        is_weight = kind == "weight"
+        tensor.copy_(kernel(tensor.shape, *formula, gain) if is_weight else bias(len(tensor), *formula))
+
+
+def make_batch(case, script):
+    names = ("observations", "actions", "rewards", "next_observations", "dones")
+    return script.Batch(*(case.inputs[name] for name in names))
+
+
+def traced_sample(agent, obs, noise):
+    """The sampled actions, and x before each network call, which is what the call before it led to."""
+    seen = []
+    hook = agent.actor.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
+    with torch.no_grad():
+        actions = agent.sample(agent.actor, obs, noise)
+    hook.remove()
+    return actions, [*seen, actions]
 
 
 def drawn(draw) -> torch.Tensor:
@@ -56,15 +90,6 @@ def raw_gradients(agent):
     yield gradients
     for hook in hooks:
         hook.remove()
-
-
-@contextmanager
-def whole_batch(agent, draws):
-    """Within, an update takes all rows, in order, and these draws."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agent, "draw", lambda batch_size: draws)
-        patch.setattr(torch, "randint", lambda high, size, device: torch.arange(high))
-        yield
 
 
 def check_inputs_follow_their_formulas(case):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conformance import torch_formulas
-from conformance.files import CPU, rounded, statistics, units
-from conformance.torch_formulas import batch_columns, drawn, draws_by_meaning, filled, rounded_tables
+from conformance.files import CPU, rounded, tensors_of, units
+from conformance.torch_formulas import drawn, draws_by_meaning, fill, make_batch, rounded_tables
 
 import qvpo_online
 
@@ -36,9 +36,8 @@ OTHER = {
     "q_neg", "alpha_mean", "alpha_std",
 }  # fmt: skip
 
-# Tolerances for numbers that the file has in single precision, on |error| / (1 + |number|). Beside each is
-# the largest error of qvpo_a over ATEN_CPU_CAPABILITY=default, avx2, avx512, MKL_CBWR=COMPATIBLE, AVX2, unset
-# and one and two threads, in single and double precision.
+# Tolerances for numbers that the file has in single precision, on |error| / (1 + |number|); beside each the
+# largest error of qvpo_a over several instruction sets, one and two threads, in both precisions.
 ROUNDED = 1e-7  # 5.4e-8: only rounded to float32
 SCHEDULE = 1e-5  # 6.5e-6: the authors compute in single precision, where 1 - beta_T has lost three digits
 NETWORK = units(1)  # 7.5e-8
@@ -80,19 +79,8 @@ def make_args(case, overrides):
 
 def parameters_of(agent, take=lambda parameter: parameter):
     """Network -> tensors in the authors' order and layout [out, in]; take(parameter) may give gradients."""
-    tensors = {}
-    for name in ("actor", "actor_target"):
-        actor = getattr(agent, name)
-        linears = [*actor.time_mlp, *actor.layers]
-        tensors[name] = [take(parameter) for linear in linears for parameter in (linear.weight, linear.bias)]
-    for name in ("critic", "critic_target"):
-        critic, of_network = getattr(agent, name), []
-        for k in range(2):
-            for layer in critic.layers:
-                weight, bias = take(layer.weight), take(layer.bias)
-                of_network += [None, None] if weight is None else [weight[k].T, bias[k, 0]]
-        tensors[name] = of_network
-    return tensors
+    networks = ("actor", "actor_target", "critic", "critic_target")
+    return {name: tensors_of(getattr(agent, name), take) for name in networks}
 
 
 @torch.no_grad()
@@ -101,23 +89,14 @@ def make_agent(case, gain=1.0, **overrides):
     config = case.golden["meta"]["config"]
     agent = qvpo_online.QVPO(config["S"], config["A"], make_args(case, overrides), CPU)
     for network, tensors in parameters_of(agent).items():
-        for position, tensor in enumerate(tensors):
-            kind = "weight" if tensor.ndim == 2 else "bias"
-            tensor.copy_(filled(tensor.shape, position, kind, network.endswith("_target"), gain))
+        fill(tensors, network.endswith("_target"), gain)
     return agent
 
 
-def names_of(case, network):
-    return [name for name, _ in case.golden["params"][network.removesuffix("_target")]]
-
-
-def make_batch(case):
-    return qvpo_online.Batch(*batch_columns(case.golden["meta"]["config"]))
-
-
-def close(case, actual, expected, name, tolerance):
-    """Against numbers that the file has in single precision only: one tolerance in both precisions."""
-    case.close(actual, expected, name, tolerance, tolerance)
+def compare_network(case, network, tensors, expected, name, *tolerances):
+    names = [name for name, _ in case.golden["params"][network.removesuffix("_target")]]
+    tensors = dict(zip(names, tensors, strict=True))
+    case.same(tensors, {each: expected[each] for each in tensors}, f"{name} {network}", *tolerances)
 
 
 def chain(case, n, batch, first=0):
@@ -135,25 +114,19 @@ def listed_chain(draws, meaning, batch):
 
 def sections(case, *prefixes):
     """(name, section, gain) of the sections whose names start like this."""
-    found = [
-        (name, section, section.get("gain", 1.0))
-        for name, section in case.golden["sections"].items()
-        if name.startswith(prefixes)
-    ]
+    found = {name: of for name, of in case.golden["sections"].items() if name.startswith(prefixes)}
     assert found
-    return found
+    return [(name, section, section.get("gain", 1.0)) for name, section in found.items()]
 
 
 def check_fill(case):
     for network, tensors in parameters_of(make_agent(case)).items():
         expected = case.golden["params_filled"][network]
-        for name, tensor in zip(names_of(case, network), tensors, strict=True):
-            actual = statistics(tensor)[: len(expected[name])]
-            close(case, actual, expected[name], f"{network} {name}", ROUNDED)
+        compare_network(case, network, tensors, expected, "fill", ROUNDED, ROUNDED)
 
 
 def check_inputs(case):
-    torch_formulas.compare_batch(case, make_batch(case), ROUNDED, ROUNDED)
+    torch_formulas.compare_batch(case, make_batch(case, qvpo_online), ROUNDED, ROUNDED)
 
 
 def check_schedule(case):
@@ -178,33 +151,37 @@ def check_schedule(case):
     }
     assert ours.keys() == tables.keys()
     for name, values in ours.items():
-        close(case, values, tables[name], name, ROUNDED if name == "betas" else SCHEDULE)
-    close(case, agent.sigma[1:], np.sqrt(tables["posterior_variance"]), "sigma", SCHEDULE)
+        case.near(values, tables[name], name, ROUNDED if name == "betas" else SCHEDULE)
+    case.near(agent.sigma[1:], np.sqrt(tables["posterior_variance"]), "sigma", SCHEDULE)
     assert agent.alpha_bar.tolist() == torch.tensor(agent.schedule.alpha_bar).tolist()
 
 
 def check_forward(case):
-    forward, agent, batch = case.golden["forward"], make_agent(case), make_batch(case)
+    forward, agent, batch = case.golden["forward"], make_agent(case), make_batch(case, qvpo_online)
     t = torch.tensor(forward["t"]).unsqueeze(1) + 1  # (B, 1)
     for name, actor in (("noise_net", agent.actor), ("noise_net_target", agent.actor_target)):
-        close(case, actor(batch.action, actor.shared(batch.obs, t)), forward[name], name, NETWORK)
+        case.near(actor(batch.action, actor.shared(batch.obs, t)), forward[name], name, NETWORK)
     for suffix, critic in (("", agent.critic), ("_target", agent.critic_target)):
         q = critic(batch.obs, batch.action)
         expected = [forward[f"q{k + 1}{suffix}"] for k in range(len(q))]
-        close(case, q, expected, f"critic{suffix}", NETWORK)
+        case.near(q, expected, f"critic{suffix}", NETWORK)
 
 
 def check_sampler(case):
     """Also in double precision with the script's own coefficients."""
     if needs_left_out(case, CHAIN):
         return
-    section, agent, obs = case.golden["sections"]["chain_plain"], make_agent(case), make_batch(case).obs
+    section, agent, obs = (
+        case.golden["sections"]["chain_plain"],
+        make_agent(case),
+        make_batch(case, qvpo_online).obs,
+    )
     noise = listed_chain(section["draws"], "", len(obs))
     actions, _ = agent.candidates(obs, noise)
-    close(case, actions[0], section["action"], "action", ACTION)
+    case.near(actions[0], section["action"], "action", ACTION)
     with rounded_tables(case, qvpo_online):
         actions, _ = agent.candidates(obs, noise)
-    close(case, actions[0], section["action"], "action with rounded coefficients", ACTION)
+    case.near(actions[0], section["action"], "action with rounded coefficients", ACTION)
 
 
 def well_separated(section, gain):
@@ -217,7 +194,7 @@ def check_choices(case):
     """Best of several candidates: for the target value, for acting, and for the actor loss."""
     if needs_left_out(case, CHAIN):
         return
-    compared, batch = [], make_batch(case)
+    compared, batch = [], make_batch(case, qvpo_online)
     size = len(batch.obs)
     for name, section, gain in sections(case, "target_action", "behavior_action", "sample_n_chosen"):
         agent = make_agent(case, gain)
@@ -227,20 +204,20 @@ def check_choices(case):
             noise = chain(case, agent.args.num_target_samples, size)
             actions, q = agent.candidates(batch.next_obs, noise, target=True)
             chosen = actions[q.argmax(0), torch.arange(size)]
-            close(case, chosen, section["action"], name, ACTION)
-            close(case, q.amax(0), section["q_min"], f"{name}: q", VALUE)
+            case.near(chosen, section["action"], name, ACTION)
+            case.near(q.amax(0), section["q_min"], f"{name}: q", VALUE)
         elif name.startswith("behavior_action"):
             noise = chain(case, agent.args.num_behavior_samples, size)
-            close(case, agent.explore(batch.obs, noise), section["action"], name, ACTION)
+            case.near(agent.explore(batch.obs, noise), section["action"], name, ACTION)
         else:
             k = len(section["actions"]) // size
             agent = make_agent(case, gain, chosen=k, q_transform="qcut", cut=-100.0)  # then a weight is the q
             noise = chain(case, agent.args.num_train_samples, size)
             _, q = agent.candidates(batch.obs, noise)
             actions, weight = agent.choose(batch.obs, noise)  # (k, B, A), (k, B)
-            close(case, actions.transpose(0, 1).flatten(0, 1), section["actions"], name, ACTION)
-            close(case, weight.T.flatten(), section["q"], f"{name}: q", VALUE)
-            close(case, [q.mean(), q.std()], [section["mean"], section["std"]], f"{name}: all q", VALUE)
+            case.near(actions.transpose(0, 1).flatten(0, 1), section["actions"], name, ACTION)
+            case.near(weight.T.flatten(), section["q"], f"{name}: q", VALUE)
+            case.near([q.mean(), q.std()], [section["mean"], section["std"]], f"{name}: all q", VALUE)
         compared.append(name)
     assert compared, "every section has choices that rounding could change"
 
@@ -262,10 +239,10 @@ def check_act(case):
             continue
         if not well_separated(section, gain):
             continue
-        agent, obs = make_agent(case, gain), make_batch(case).obs[:1]
+        agent, obs = make_agent(case, gain), make_batch(case, qvpo_online).obs[:1]
         n = agent.args.num_action_samples if evaluates else agent.args.num_behavior_samples
         act = agent.act if evaluates else agent.explore
-        close(case, in_env_range(case, act(obs, chain(case, n, 1))), section["action"], name, ACTION)
+        case.near(in_env_range(case, act(obs, chain(case, n, 1))), section["action"], name, ACTION)
 
 
 def check_act_after_a_deterministic_evaluation(case):
@@ -274,26 +251,26 @@ def check_act_after_a_deterministic_evaluation(case):
     case.left_out("deterministic evaluation in sample_action_deterministic")
     if needs_left_out(case, [*CHAIN, "epsilon"]):
         return
-    agent, obs = make_agent(case, section["gain"]), make_batch(case).obs[:1]
+    agent, obs = make_agent(case, section["gain"]), make_batch(case, qvpo_online).obs[:1]
     noise = chain(case, agent.args.num_behavior_samples, 1, first=agent.args.diffusion_steps + 1)
     action = in_env_range(case, agent.explore(obs, noise))
-    close(case, action, section["action_behavior_after"], "behaviour", ACTION)
+    case.near(action, section["action_behavior_after"], "behaviour", ACTION)
 
 
 def check_actor_loss(case):
     if needs_left_out(case, ["beta_schedule"]):
         return
-    section, agent, batch = case.golden["sections"]["actor_loss"], make_agent(case), make_batch(case)
+    section, agent = case.golden["sections"]["actor_loss"], make_agent(case)
+    batch = make_batch(case, qvpo_online)
     [t] = draws_by_meaning(section["draws"], "diffusion timesteps")
     [eps] = draws_by_meaning(section["draws"], "noise eps")
     weight = rounded(1 + 0.5 * np.sin(0.8 * np.arange(len(batch.obs))))
     one_action = (tensor.unsqueeze(0) for tensor in (batch.action, weight, t + 1, eps))
     loss = agent.weighted_loss(batch.obs, *one_action)
     loss.backward()
-    close(case, loss, section["loss"], "loss", FIRST_STEP)
+    case.near(loss, section["loss"], "loss", FIRST_STEP)
     gradients = parameters_of(agent, lambda parameter: parameter.grad)["actor"]
-    for name, gradient in zip(names_of(case, "actor"), gradients, strict=True):
-        close(case, statistics(gradient), section["grads"][name], f"gradient of {name}", FIRST_STEP)
+    compare_network(case, "actor", gradients, section["grads"], "gradient of", FIRST_STEP, FIRST_STEP)
 
 
 def check_weights(case):
@@ -304,7 +281,7 @@ def check_weights(case):
         q, value = torch.tensor(expected["q_in"]).view(-1, chosen).T, torch.tensor(expected["v_in"])
         for name in WEIGHTS:
             agent = make_agent(case, q_transform=name, chosen=chosen, cut=cut)
-            close(case, agent.q_weight(q, value).T.flatten(), expected[name], name, ROUNDED)
+            case.near(agent.q_weight(q, value).T.flatten(), expected[name], name, ROUNDED)
     case.left_out(f"weights {LEFT_OUT_WEIGHTS}")
 
 
@@ -351,15 +328,13 @@ def draws_of(case, name, agent, num_steps):
         "diffusion timesteps": chosen + uniform,
         "noise eps": chosen + uniform,
     }
-    steps = []
-    for step in range(1, num_steps + 1):
-        of_step = []
-        for draw in (draw for draw in listed if draw["step"] == step):
-            [size] = [size for meaning, size in rows.items() if meaning in draw["why"]]
-            if size > 0:
-                of_step.append(draw | {"shape": [size, *draw["shape"][1:]]})
-        steps.append(of_step)
-    return steps
+
+    def with_rows(draw):
+        [size] = [size for meaning, size in rows.items() if meaning in draw["why"]]
+        return draw | {"shape": [size, *draw["shape"][1:]]}
+
+    sized = [draw for draw in map(with_rows, listed) if draw["shape"][0] > 0]
+    return [[draw for draw in sized if draw["step"] == step] for step in range(1, num_steps + 1)]
 
 
 def update(agent, number, batch, policy_obs, draws):
@@ -386,7 +361,7 @@ def run_train_section(case, name, gain):
     if weight not in WEIGHTS:
         case.left_out(f"weight {weight} in {name}")
         return
-    agent, batch, tolerance = make_agent(case, gain, **overrides), make_batch(case), FIRST_STEP
+    agent, batch, tolerance = make_agent(case, gain, **overrides), make_batch(case, qvpo_online), FIRST_STEP
     policy_obs = batch.obs
     if "sin(0.11k+2.5)" in section["note"]:
         numbers = np.arange(batch.obs.numel())
@@ -394,21 +369,23 @@ def run_train_section(case, name, gain):
     steps = section["steps"]
     for number, (entry, draws) in enumerate(zip(steps, draws_of(case, name, agent, len(steps)), strict=True)):
         metrics = update(agent, number, batch, policy_obs, make_draws(agent, draws, len(batch.obs)))
+        gradients = parameters_of(agent, lambda parameter: parameter.grad)
         for network in ("critic", "actor"):
-            if f"{network}_grads_after_clip" in entry:
-                compare_gradients(case, agent, network, entry[f"{network}_grads_after_clip"])
+            if expected := entry.get(f"{network}_grads_after_clip"):
+                of_network = (case, network, gradients[network], expected)
+                compare_network(*of_network, "gradient of", LATER_STEP, LATER_STEP)
         if number > 0:
             tolerance = LATER_STEP
         for metric in ("critic_loss", "actor_loss", "critic_grad_norm", "actor_grad_norm"):
-            close(case, metrics[metric], entry[metric], f"{metric} of step {number + 1}", tolerance)
-        close(case, metrics["target_mean"], np.mean(entry["target_q"]), "target", tolerance)
+            case.near(metrics[metric], entry[metric], f"{metric} of step {number + 1}", tolerance)
+        case.near(metrics["target_mean"], np.mean(entry["target_q"]), "target", tolerance)
         if case.double:
             for metric, value in section["losses_in_float64_run"][number].items():
                 case.close(metrics[metric], value, f"{metric} of step {number + 1}, in double precision")
         if "params_after" in entry:
-            compare_parameters(case, agent, entry["params_after"], PARAMETER)
+            compare_parameters(case, agent, entry["params_after"], PARAMETER, PARAMETER)
     if case.double:
-        compare_parameters(case, agent, section["params_after_float64_run"], None)
+        compare_parameters(case, agent, section["params_after_float64_run"])
 
 
 def type_of(text):
@@ -420,23 +397,9 @@ def type_of(text):
     return int(number) if number.is_integer() and "." not in str(text) else number
 
 
-def compare_gradients(case, agent, network, expected):
-    gradients = parameters_of(agent, lambda parameter: parameter.grad)[network]
-    for name, gradient in zip(names_of(case, network), gradients, strict=True):
-        actual = statistics(gradient)[: len(expected[name])]
-        close(case, actual, expected[name], f"gradient of {network} {name}", LATER_STEP)
-
-
-def compare_parameters(case, agent, expected, float32_tolerance):
-    """Strictly without a tolerance, which is for numbers of the single-precision run."""
+def compare_parameters(case, agent, expected, *tolerances):
     for network, tensors in parameters_of(agent).items():
-        for name, tensor in zip(names_of(case, network), tensors, strict=True):
-            value = expected[network][name]
-            actual = statistics(tensor)[: len(value)]
-            if float32_tolerance is None:
-                case.close(actual, value, f"{network} {name}, in double precision")
-            else:
-                close(case, actual, value, f"{network} {name}", float32_tolerance)
+        compare_network(case, network, tensors, expected[network], "parameter", *tolerances)
 
 
 def check_updates(case):

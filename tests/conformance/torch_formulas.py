@@ -8,23 +8,22 @@ import torch
 from conformance.files import rounded, statistics
 
 
-def filled(shape, position, kind, is_target, gain):
-    """The parameter at a position in the authors' network, in PyTorch's layout.
+def fill(tensors, is_target, gain):
+    """The parameters of a network, in the authors' order; gain multiplies matrices only."""
+    for position, tensor in enumerate(tensors):
+        numbers, shift = np.arange(tensor.numel()), position + 0.25 * is_target
+        if tensor.dim() == 2:
+            values = gain * (np.sin(0.37 * numbers + shift) / np.sqrt(tensor.shape[1]))
+        else:  # vectors are biases, or LayerNorm's weights
+            is_scale = position % 2 == 0
+            values = is_scale + 0.1 * np.sin(0.53 * numbers + shift)
+        tensor.copy_(rounded(values.reshape(tensor.shape)))
 
-    kind is weight, bias, or scale, which is LayerNorm's weight; gain multiplies matrices only.
-    """
-    numbers, shift = np.arange(np.prod(shape)), position + 0.25 * is_target
-    if kind == "weight":
-        values = gain * (np.sin(0.37 * numbers + shift) / np.sqrt(shape[1]))
-    else:
-        values = (kind == "scale") + 0.1 * np.sin(0.53 * numbers + shift)
-    return rounded(values.reshape(shape))
 
-
-def batch_columns(sizes):
-    """The batch of a case: obs, action, reward, next_obs, terminal; sizes is its config."""
-    B, S, A = (sizes[name] for name in "BSA")
-    return (
+def make_batch(case, script):
+    """The batch of a case."""
+    B, S, A = (case.golden["meta"]["config"][name] for name in "BSA")
+    return script.Batch(
         rounded(np.sin(0.11 * np.arange(B * S) + 0.5).reshape(B, S)),
         rounded(0.9 * np.sin(0.23 * np.arange(B * A)).reshape(B, A)),
         rounded(np.cos(0.7 * np.arange(B))),
@@ -34,7 +33,7 @@ def batch_columns(sizes):
 
 
 def compare_batch(case, batch, *tolerances):
-    """The file means by its formulas what batch_columns() means by them."""
+    """The file means by its formulas what make_batch() means by them."""
     columns = {"state": batch.obs, "action": batch.action, "reward": batch.reward}
     columns |= {"next_state": batch.next_obs, "not_done": 1 - batch.terminal}
     expected = case.golden["inputs_check"]
@@ -69,6 +68,19 @@ def draws_by_meaning(draws, meaning):
 def chosen(probabilities, u):
     """The index that the authors' multinomial takes for the uniform number u."""
     return int((probabilities.cumsum(0) / probabilities.sum() <= u).sum())
+
+
+@contextmanager
+def choosing(u):
+    """Within, torch.multinomial chooses by the uniform number u; yields what it was given, as a list."""
+    seen = []
+
+    def multinomial(probabilities, count):
+        seen.append(probabilities)
+        return torch.tensor([[chosen(probabilities[0], u)]])
+
+    with mock.patch.object(torch, "multinomial", multinomial):
+        yield seen
 
 
 @contextmanager
