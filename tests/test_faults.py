@@ -380,9 +380,12 @@ def test_a_shared_file_executes_nothing(reader, finished, tmp_path):
 
 # === 7: mistakes ===
 def test_a_damaged_checkpoint(copy):
-    """Truncated, empty, text, noise."""
+    """Truncated, empty, text, noise, one bit off."""
     path = copy / "checkpoint.pt"
-    for content in (path.read_bytes()[:9999], b"", b"step 24", np.random.default_rng(0).bytes(5000)):
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content in (whole[:9999], b"", b"step 24", np.random.default_rng(0).bytes(5000), flipped):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{path} cannot be read, or is no checkpoint, or a damaged one"):
             resume(path, dac, total_steps=30)
