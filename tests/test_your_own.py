@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import shape_comments
 import torch
-from agents import sampled_actions
-from runs import AGENTS, ROOT
+from runs import AGENTS, ROOT, folder_in, load
 from siblings import SCRIPTS, check_anatomy, differences
 
 from common.bandits import bandit_mode
+from common.cli import settings_for
 from common.datasets import load_dataset
 from common.tasks import find_task
 
@@ -85,8 +85,14 @@ def test_its_shape_comments_are_true(example, monkeypatch):
     assert checked.checked == checked.comments.keys()
 
 
-def test_it_finds_the_best_corner(example, tmp_path, monkeypatch):
-    actions = sampled_actions(example.script, example.agent, tmp_path, monkeypatch)
+def test_it_finds_the_best_corner(example, tmp_path):
+    given = dict(run_dir=str(tmp_path), eval_episodes=0)
+    args = settings_for(example.script.Args, example.script.TASK_SETTINGS, "bandit-corners-v0", **given)
+    example.script.train(args)
+    agent = getattr(example.script, example.agent)(1, 2, args, torch.device("cpu"))
+    agent.load_state_dict(load(folder_in(tmp_path))["agent"])
+    torch.manual_seed(0)
+    actions = agent.act(torch.zeros(1000, 1)).numpy()
     assert (bandit_mode("bandit-corners-v0", actions) == 3).mean() > 0.9  # FQL stops beside it: the page
 
 
