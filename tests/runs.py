@@ -164,12 +164,6 @@ def python(*words, env=None, **options):
     return subprocess.Popen([sys.executable, *map(str, words)], env=os.environ | (env or {}), **options)
 
 
-def tiny_command(run_dir, total_steps=24, **options):
-    """The tiny run of dac.py as a command; the options are those of python()."""
-    settings = AGENTS["dac"][1] | dict(env_id=TASK, run_dir=run_dir, total_steps=total_steps)
-    return python(ROOT / "dac.py", *to_words(**settings), **options)
-
-
 def finish(process):
     """Exit code, stdout and stderr of a process."""
     out, err = process.communicate(timeout=300)
