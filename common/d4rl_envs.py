@@ -15,8 +15,13 @@ from typing import Any
 from unittest import mock
 
 import gymnasium
+import mujoco
 import numpy as np
 from gymnasium.spaces import Box
+
+with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # it prints a note
+    from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES
+    from gymnasium_robotics.envs.maze import maps
 
 MAZE_GOALS = {"umaze": (3, 1), "medium": (6, 6), "large": (7, 9)}  # row and column of the goal's cell
 MAZE_START = (1, 1)
@@ -25,6 +30,7 @@ KITCHEN_TASKS = {  # the subtasks of each task
     "partial": ("microwave", "kettle", "light switch", "slide cabinet"),
     "mixed": ("microwave", "kettle", "bottom burner", "light switch"),
 }
+COMPILE_ONCE = cache(mujoco.MjModel.from_xml_path)  # 100 kitchens' own models would take 8 GB and a minute
 HAND_TO_OBJECT = {  # palm minus object (3,), from an observation of Adroit's tasks
     "door": lambda obs: obs[35:38],
     "hammer": lambda obs: obs[33:36] - obs[36:39],
@@ -35,14 +41,13 @@ HAND_TO_OBJECT = {  # palm minus object (3,), from an observation of Adroit's ta
 def make_d4rl_env(task: str, **options) -> gymnasium.Env:
     """The environment of a D4RL task; the options are gymnasium.make's.
 
-    ImportError: a package that it needs is missing. LookupError: not rebuilt here.
+    LookupError: not rebuilt here.
     """
     family, *variant = task.split("-")
     if family == "ant":  # Ant-v4 leaves out D4RL's 84 contact forces, which are all zero: (27,) to (111,)
         space = Box(-np.inf, np.inf, (111,), np.float64)
         ant = gymnasium.make("Ant-v4", **options)
         return gymnasium.wrappers.TransformObservation(ant, lambda obs: np.pad(obs, (0, 84)), space)
-    import_robotics()
     if family == "antmaze":
         return AntMaze(variant[0], **options)
     if family in HAND_TO_OBJECT or family == "pen":
@@ -50,12 +55,6 @@ def make_d4rl_env(task: str, **options) -> gymnasium.Env:
     if family == "kitchen":
         return Kitchen(variant[0], **options)
     raise LookupError(f"the environments of {family} are not part of this version")
-
-
-def import_robotics() -> None:
-    """Register gymnasium-robotics' environments, without the note it prints. ImportError: it is missing."""
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        import gymnasium_robotics  # noqa: F401
 
 
 class AntMaze(gymnasium.Wrapper):
@@ -70,8 +69,6 @@ class AntMaze(gymnasium.Wrapper):
     """
 
     def __init__(self, size: str, **options):
-        from gymnasium_robotics.envs.maze import maps
-
         rows = getattr(maps, {"umaze": "U_MAZE", "medium": "MEDIUM_MAZE", "large": "LARGE_MAZE"}[size])
         env: Any = gymnasium.make("AntMaze_UMaze-v4", maze_map=rows[::-1], continuing_task=False, **options)
         super().__init__(env)
@@ -132,7 +129,7 @@ class Adroit(gymnasium.Wrapper):
         return obs, float(reward), terminated, truncated, info
 
 
-class Kitchen(gymnasium.Wrapper):
+class Kitchen(gymnasium.ObservationWrapper):
     """D4RL's kitchen: a reward of 1 for each subtask when it is first done; it ends when all four are done.
 
     Observations (60,) are the joint positions of the robot (9) and the objects (21), with noise, and the goal
@@ -140,38 +137,15 @@ class Kitchen(gymnasium.Wrapper):
     """
 
     def __init__(self, variant: str, **options):
-        import mujoco
-
         options |= {"tasks_to_complete": list(KITCHEN_TASKS[variant]), "disable_env_checker": True}
         options |= {"robot_noise_ratio": 0.1, "object_noise_ratio": 0.1}  # as in D4RL
-        with mock.patch.object(mujoco.MjModel, "from_xml_path", shared_compiler()):
+        with mock.patch.object(mujoco.MjModel, "from_xml_path", COMPILE_ONCE):
             super().__init__(gymnasium.make("FrankaKitchen-v1", **options))
-        from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES
-
         self.goal = np.zeros(30)
         for subtask in KITCHEN_TASKS[variant]:
             self.goal[OBS_ELEMENT_INDICES[subtask]] = OBS_ELEMENT_GOALS[subtask]
         self.observation_space = Box(-np.inf, np.inf, (60,), np.float64)
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
-        obs, info = self.env.reset(seed=seed, options=options)
-        return self.flat(obs), info
-
-    def step(self, action: np.ndarray) -> tuple:
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        return self.flat(obs), reward, terminated, truncated, info
-
-    def flat(self, obs: dict) -> np.ndarray:
+    def observation(self, obs: dict) -> np.ndarray:
         """Of Gymnasium-Robotics' (59,), which also has the velocities, and the goal."""
         return np.concatenate([obs["observation"][:9], obs["observation"][18:39], self.goal])
-
-
-@cache
-def shared_compiler() -> Any:
-    """Compiles an XML file once, for all environments: 100 kitchens' own models would take 8 GB and a minute.
-
-    Only for environments that leave their model as it is.
-    """
-    import mujoco
-
-    return cache(mujoco.MjModel.from_xml_path)

@@ -57,10 +57,8 @@ def find_task(name: str) -> Task:
         reason = f"{type(error).__name__}: {error}{advice}"
         raise UserError(f"cannot import {module} of {name}: {reason}") from error
     if env_id not in registry:
-        from common.d4rl_envs import import_robotics
-
-        with contextlib.suppress(ImportError):  # it registers more, if it is installed
-            import_robotics()
+        with contextlib.suppress(ImportError):  # Gymnasium-Robotics, which registers more
+            import common.d4rl_envs  # noqa: F401
     if env_id not in registry:
         nearest = difflib.get_close_matches(env_id, [*D4RL_TASKS, *BANDIT_TASKS, *registry], n=5)
         advice = "A task is a D4RL, Minari, Gymnasium, bundled or bandit name; a file goes to --dataset."
