@@ -7,7 +7,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Dict
+from gymnasium.spaces import Box
 
 from common.cli import UserError
 from common.datasets import Dataset
@@ -60,15 +60,18 @@ def make_env(task: Task, args: Any, render_mode: str | None = None) -> Any:
     try:
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # Gymnasium's, on its v4
             env: Any = original_env(task, options)
+        if len(env.observation_space.shape or ()) != 1:  # a Dict has no shape
+            env = gymnasium.wrappers.FlattenObservation(env)
     except UserError:
         raise
     except Exception as error:  # whatever an environment's author may raise, most often a missing package
         reason = f"{error}\n{advice(task, render_mode)}"
         raise UserError(f"cannot make the environment of {task.name}: {reason}") from error
-    check_spaces(task.name, env.observation_space, env.action_space)
-    if len(env.observation_space.shape or ()) != 1:  # a Dict has no shape
-        env = gymnasium.wrappers.FlattenObservation(env)
-    if (env.action_space.low != -1).any() or (env.action_space.high != 1).any():
+    space = env.action_space
+    vector = isinstance(space, Box) and len(space.shape) == 1 and space.is_bounded()
+    if not (vector and space.dtype.kind == "f" and (space.low < space.high).all()):
+        raise UserError(f"{task.name}: actions {space} are not a bounded continuous vector (Box)")
+    if (space.low != -1).any() or (space.high != 1).any():
         env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return gymnasium.wrappers.TransformAction(env, lambda action: action.clip(-1, 1), env.action_space)
 
@@ -119,15 +122,3 @@ def parse_kwargs(words: tuple[str, ...]) -> dict[str, Any]:
                 raise UserError(f"--env-kwargs {word} is neither JSON nor key=value: {error}") from error
             found[key] = value  # text needs no quotes
     return found
-
-
-def check_spaces(name: str, observations: Any, actions: Any) -> None:
-    """UserError unless observations are numbers and actions are vectors of real numbers in bounds."""
-    spaces, numbers = [observations], True
-    for space in spaces:  # which grows by what is in a Dict
-        spaces += space.values() if isinstance(space, Dict) else []
-        numbers &= isinstance(space, Dict) or (isinstance(space, Box) and 0 not in space.shape)
-    vectors = isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded()
-    if not (numbers and vectors and actions.dtype.kind == "f" and (actions.low < actions.high).all()):
-        needed = "numbers (Box, or a Dict of them) and a bounded continuous vector (Box)"
-        raise UserError(f"{name}: observations {observations} and actions {actions} are not {needed}")
