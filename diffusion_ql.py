@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from common.cli import Even, NonNegative, Positive, Threads, UnitInterval, run_command
 from common.datasets import RewardRule, load_dataset, tune_rewards
-from common.devices import compiled, cuda_graphed, default_threads, mish, use_device
+from common.devices import cuda_graphed, default_threads, mish, use_device
 from common.envs import make_envs
 from common.runs import Run, stop_if_asked
 from common.tasks import find_task
@@ -425,17 +425,18 @@ def train(args: Args) -> dict:
 
     agent = DiffusionQL(data.obs.shape[1], data.action.shape[1], args, device)
     if args.compile:
-        agent.critic_loss, agent.actor_loss = compiled(agent.critic_loss, agent.actor_loss)
+        agent.critic_loss, agent.actor_loss = map(torch.compile, (agent.critic_loss, agent.actor_loss))
     run = Run(__file__, args, TASK_SETTINGS, agent, dataset)  # its folder; with --resume, all as it was saved
-    update = run.guarded(cuda_graphed(partial(agent.update, data), device, args.cuda_graph))
+    update = cuda_graphed(partial(agent.update, data), device, args.cuda_graph)
     with run:  # Ctrl-C and SIGTERM save and stop it between two steps
         if run.evaluation_due():  # the run was stopped in it
             run.log_evaluation(evaluate(agent, envs))
         while run.step < args.total_steps:
             stop_if_asked()
             agent.set_step(run.step)
-            run.add_losses(update())
-            run.step += 1
+            with run.updating():  # if it fails in here, half a step is done, and not saved
+                run.add_losses(update())
+                run.step += 1
             if run.reached(args.log_every):
                 run.log_losses()  # losses/*: their means since the last time
             if run.evaluation_due():

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from common.cli import Even, NonNegative, Positive, Threads, UnitInterval, UserError, run_command
 from common.datasets import RewardRule, load_dataset, tune_rewards
-from common.devices import compiled, cuda_graphed, default_threads, mish, use_device
+from common.devices import cuda_graphed, default_threads, mish, use_device
 from common.envs import make_envs
 from common.runs import Run, stop_if_asked
 from common.tasks import find_task
@@ -438,14 +438,13 @@ class EDPIQL(nn.Module):
     def actor_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """L_diff + lambda L_pi (Alg. 1), L_diff = mean (eps_theta(s, x_t, t) - eps)^2 (Eq. 5, a sum: D10).
 
-        L_pi = -mean f log pi(a | s) (Eq. 20), f = min(exp(A / beta), max_weight), A the advantage.
+        L_pi = -mean f log pi(a | s) (Eq. 20), f = min(exp(A / beta), max_weight) (D6), A the advantage.
         """
         x_t = add_noise(batch.action, draws.t, draws.eps, self.alpha_bar)  # (batch, action_dim); Eq. 8
         eps = self.actor(batch.obs, x_t, draws.t)  # (batch, action_dim)
         bc_loss = F.mse_loss(eps, draws.eps)
         with torch.no_grad():
-            advantage = self.advantage(batch)  # (batch,)
-            weight = (advantage / self.args.temperature).exp().clamp(max=self.args.max_weight)  # bound: D6
+            weight = (self.advantage(batch) / self.args.temperature).exp().clamp(max=self.args.max_weight)
         if self.args.likelihood == "elbo":
             log_prob = -self.elbo_weights[draws.t] * (eps - draws.eps).square().mean(1)  # mean weight 1: D9
         else:
@@ -535,18 +534,19 @@ def train(args: Args) -> dict:
 
     agent = EDPIQL(data.obs.shape[1], data.action.shape[1], args, device)
     if args.compile:
-        losses = compiled(agent.value_loss, agent.critic_loss, agent.actor_loss)
+        losses = map(torch.compile, (agent.value_loss, agent.critic_loss, agent.actor_loss))
         agent.value_loss, agent.critic_loss, agent.actor_loss = losses
     run = Run(__file__, args, TASK_SETTINGS, agent, dataset)  # its folder; with --resume, all as it was saved
-    update = run.guarded(cuda_graphed(partial(agent.update, data), device, args.cuda_graph))
+    update = cuda_graphed(partial(agent.update, data), device, args.cuda_graph)
     with run:  # Ctrl-C and SIGTERM save and stop it between two steps
         if run.evaluation_due():  # the run was stopped in it
             run.log_evaluation(evaluate(agent, envs))
         while run.step < args.total_steps:
             stop_if_asked()
             agent.set_step(run.step)
-            run.add_losses(update())
-            run.step += 1
+            with run.updating():  # if it fails in here, half a step is done, and not saved
+                run.add_losses(update())
+                run.step += 1
             if run.reached(args.log_every):
                 run.log_losses()  # losses/*: their means since the last time
             if run.evaluation_due():

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.cli import Even, NonNegative, Positive, Threads, UnitInterval, UserError, run_command
-from common.devices import compiled, cuda_graphed, default_threads, mish, use_device
+from common.devices import cuda_graphed, default_threads, mish, use_device
 from common.envs import make_envs
 from common.runs import Run, stop_if_asked
 from common.tasks import find_task
@@ -453,10 +453,9 @@ class Experience:
     def step(self, action: np.ndarray) -> dict[str, float]:
         """Play one action and keep the transition; return and length of the episode if it is over."""
         row, over = self.play(action)
-        episode = {}
+        length = float(self.count + 1 - self.episode_start)
+        episode = {"episode_return": self.episode_return, "episode_length": length} if over else {}
         if over:
-            length = float(self.count + 1 - self.episode_start)
-            episode = {"episode_return": self.episode_return, "episode_length": length}
             self.begin_episode(self.count + 1)  # before anything is counted, since it may fail
         self.rows[self.count % self.capacity] = row
         self.count += 1
@@ -510,9 +509,9 @@ def train(args: Args) -> dict:
 
     agent = QVPO(env.observation_space.shape[0], env.action_space.shape[0], args, device)
     if args.compile:
-        agent.critic_loss, agent.actor_loss = compiled(agent.critic_loss, agent.actor_loss)
+        agent.critic_loss, agent.actor_loss = map(torch.compile, (agent.critic_loss, agent.actor_loss))
     run = Run(__file__, args, TASK_SETTINGS, agent, memory=experience)
-    update = run.guarded(cuda_graphed(partial(agent.update, experience.data), device, args.cuda_graph))
+    update = cuda_graphed(partial(agent.update, experience.data), device, args.cuda_graph)
     with run:  # Ctrl-C and SIGTERM save and stop it between two steps
         if run.evaluation_due():  # the run was stopped in it
             run.log_evaluation(evaluate(agent, envs))
@@ -524,8 +523,9 @@ def train(args: Args) -> dict:
             else:
                 action = agent.explore(torch.from_numpy(experience.obs[None]).to(device))[0].cpu()
             episode = experience.step(action.numpy())
-            run.add_losses(update() if run.step + 1 >= args.learning_starts else {})
-            run.step += 1
+            with run.updating():  # if it fails in here, half a step is done, and not saved
+                run.add_losses(update() if run.step + 1 >= args.learning_starts else {})
+                run.step += 1
             run.add_to_curves("charts", episode)
             if run.reached(args.log_every):
                 run.log_losses()  # losses/*: their means since the last time

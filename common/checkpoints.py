@@ -37,7 +37,7 @@ def restore(run, path: Path) -> None:
 
     UserError: the checkpoint is finished, or another run's, or does not fit what the arguments ask for.
     """
-    saved, new, args = load_checkpoint(path), run.results, run.args
+    saved, new, args, data = load_checkpoint(path), run.results, run.args, run.about_data
     if path.is_file() and path.name != "checkpoint.pt" and (run.folder / "checkpoint.pt").exists():
         raise UserError(f"{run.folder} has a checkpoint.pt; copy {path.name} elsewhere to resume it")
     run.results, run.step = saved["results"], saved["step"]
@@ -49,9 +49,9 @@ def restore(run, path: Path) -> None:
         raise UserError(f"{path} is finished, at step {run.step:,}; larger --total-steps add more")
     old = saved["args"] | {"resume": args.resume}
     changed = {name: value for name, value in asdict(args).items() if value != old[name]}
-    if new["data_checksum"] != run.results["data_checksum"] and "dataset" not in changed:
-        raise UserError(f"the data of {new['data']} changed since the run in {run.folder} began")
-    run.results |= {name: new[name] for name in ("data", "data_checksum", "data_mean", "reference_returns")}
+    if data.get("data_checksum") != run.results.get("data_checksum") and "dataset" not in changed:
+        raise UserError(f"the data of {data['data']} changed since the run in {run.folder} began")
+    run.results |= data
     if changed:
         print("resumed with", ", ".join(f"{name} {old[name]} -> {new}" for name, new in changed.items()))
     try:

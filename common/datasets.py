@@ -2,7 +2,7 @@
 
 data = load_dataset(find_task("hopper-medium-v2"))
 
-D4RL's names are read by D4RL's own rules, row for row; a user's file as a user means it (own_data.py). What
+D4RL's names are read by D4RL's own rules, row for row; a user's file as a user means it (other_data.py). What
 is dropped, clipped, rescaled or ignored is said in one line, with its count, or refused.
 """
 
@@ -39,10 +39,12 @@ class Dataset:
     episode_returns: np.ndarray  # (num complete episodes,) undiscounted, as an evaluation would count them
     reference_returns: Reference  # returns that score 0 and 100
 
-    def checksum(self) -> list[int]:
-        """By which a resumed run knows its transitions again."""
+    def about(self) -> dict:
+        """What a run's results say of it; by the checksum a resumed run knows its transitions again."""
         columns = self.observations, self.actions, self.rewards, self.next_observations, self.terminals
-        return [zlib.crc32(column.data) for column in columns]
+        mean = self.episode_returns.mean().item() if len(self.episode_returns) else None
+        found = {"data": self.name, "data_mean": mean, "reference_returns": self.reference_returns}
+        return found | {"data_checksum": [zlib.crc32(column.data) for column in columns]}
 
 
 def load_dataset(
@@ -57,11 +59,12 @@ def load_dataset(
     source, reference = dataset or task.name, reference_returns(task.name)
     try:
         if is_minari_id(source):
-            from common.minari_data import minari_reference, read_minari
+            from common.other_data import read_minari
 
-            fields, reference = read_minari(source), reference or minari_reference(source)
+            fields, own_reference = read_minari(source)
+            reference = reference or own_reference
         elif dataset is not None:
-            from common.own_data import read_own
+            from common.other_data import read_own
 
             fields = read_own(Path(dataset).expanduser(), task, *action_bounds)
         elif task.kind == "d4rl":

@@ -7,7 +7,6 @@ import ctypes
 import os
 import platform
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,14 +93,6 @@ def mish(x: Tensor) -> Tensor:
         r2 = torch.sigmoid(-x).square()
         return x * (1 - r2) / (1 + r2)
     return CPUMish.apply(x)
-
-
-def compiled(*losses: Callable) -> list[Callable]:
-    """The same functions, compiled by torch.compile. UserError: there is no C++ compiler, which it needs."""
-    known = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
-    if not any(map(shutil.which, known)):
-        raise UserError("--compile needs a C++ compiler, and finds none: install g++ or set CXX")
-    return [torch.compile(loss) for loss in losses]
 
 
 def cuda_graphed(update: Update, device: torch.device, wanted: bool) -> Update:

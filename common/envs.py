@@ -90,7 +90,7 @@ def original_env(task: Task, options: dict) -> gymnasium.Env:
             return make_d4rl_env(task.name, **options)
         env_id = ROBOTS[task.family]
     if task.kind == "minari":
-        from common.minari_data import minari_env_spec
+        from common.other_data import minari_env_spec
 
         env_id, own_options = minari_env_spec(task.name)
         options = own_options | {name: value for name, value in options.items() if value is not None}

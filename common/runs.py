@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from common import FORMAT
 from common.cli import UserError, check_bounds, sources_of
-from common.devices import Update, matmul_library
+from common.devices import matmul_library
 from common.scores import reference_returns, scored, show, summarize
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # what some file systems answer
@@ -121,19 +121,16 @@ class Run:
         """
         check_bounds(args)
         self.args, self.agent, self.dataset, self.memory = args, agent, dataset, memory
-        self.reference = dataset.reference_returns if dataset else reference_returns(args.env_id)
         self.step, self.in_update = first_step, False
         self.names: list[str] = []  # of the losses
         self.losses: list[Tensor] = []  # of each step since the last log, on the device
         self.drawn: dict[str, tuple[int, float]] = {}  # the last step and value of each curve
         self.best: dict | None = None  # the policy of the best evaluation, until it is saved
-        returns = dataset.episode_returns if dataset else np.empty(0)
+        no_data = {"data": None, "data_mean": None, "reference_returns": reference_returns(args.env_id)}
+        self.about_data: dict = dataset.about() if dataset else no_data
+        self.reference = self.about_data["reference_returns"]
         self.results: dict = {"script": Path(script).stem, "env_id": args.env_id, "seed": args.seed}
-        self.results["data"] = dataset.name if dataset else None
-        self.results["data_checksum"] = dataset.checksum() if dataset else 0
-        self.results["data_mean"] = returns.mean().item() if len(returns) else None
-        self.results["reference_returns"] = self.reference
-        self.results |= {"evaluations": [], "losses": {}, "train_seconds": 0.0}
+        self.results |= {"evaluations": [], "losses": {}, "train_seconds": 0.0} | self.about_data
         if args.resume:
             from common.checkpoints import restore
 
@@ -170,9 +167,8 @@ class Run:
         write_atomically(self.folder / "config.json", config)
         what = "its own transitions"
         if data:
-            mean = show(scored(self.results["data_mean"], self.reference))
             counts = f"{len(data.rewards):,} transitions, {len(data.episode_returns):,} episodes"
-            what = f"{data.name}: {counts}, mean {mean}"
+            what = f"{data.name}: {counts}, mean {show(scored(self.results['data_mean'], self.reference))}"
         print(f"{self.results['script']} in {args.env_id} learns from {what}")
         for source in sorted(set(sources.values()), key=lambda of: (of == "default", of != "given")):
             values = [f"{name} {getattr(args, name)}" for name in sources if sources[name] == source]
@@ -182,16 +178,12 @@ class Run:
             print("  not reproducible: threads share PyTorch's random state")
 
     # --- Steps ---
-    def guarded(self, update: Update) -> Update:
-        """The same update; where it fails, half a step is done, and the run is not saved."""
-
-        def whole_update() -> dict[str, Tensor]:
-            self.in_update = True
-            losses = update()
-            self.in_update = False
-            return losses
-
-        return whole_update
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """Within, half a step is done: if it fails there, the run is not saved."""
+        self.in_update = True
+        yield
+        self.in_update = False
 
     def add_losses(self, losses: dict[str, Tensor]) -> None:
         """Keep the losses of one step, on the device; there are none in a step without an update."""
@@ -252,29 +244,23 @@ class Run:
         losses = torch.stack(self.losses) if self.losses else torch.empty(0, len(self.names))
         if len(bad := (~losses.isfinite()).nonzero()):
             row, column = bad[0].tolist()
-            step = self.step - len(losses) + 1 + row
-            raise self.diverged(f"{self.names[column]} is {losses[row, column].item()} at step {step:,}")
+            step, advice = self.step - len(losses) + 1 + row, "try a lower learning rate"
+            inputs = [self.dataset.rewards, self.dataset.observations] if self.dataset else [[0.0]]
+            largest = np.abs(np.column_stack(inputs)).max(0)  # (1 + obs_dim,)
+            if largest.max() > 1e4:
+                name = f"observations[:, {largest.argmax() - 1}]" if largest.argmax() else "rewards"
+                advice = f"the data's {name} are up to {largest.max():.3g}: scale them down"
+            what = f"{self.names[column]} is {losses[row, column].item()} at step {step:,}"
+            raise UserError(f"{what}; {advice}; nothing is saved after it in {self.folder}")
         return losses
-
-    def diverged(self, what: str) -> UserError:
-        """What is not finite, what may have caused it, and where the last good checkpoint is."""
-        advice = "try a lower learning rate"
-        columns = [self.dataset.rewards, self.dataset.observations] if self.dataset else [[0.0]]
-        largest = np.abs(np.column_stack(columns)).max(0)  # (1 + obs_dim,)
-        if largest.max() > 1e4:
-            column = f"observations[:, {largest.argmax() - 1}]" if largest.argmax() else "rewards"
-            advice = f"the data's {column} are up to {largest.max():.3g}: scale them down"
-        return UserError(f"{what}; {advice}; nothing is saved after it in {self.folder}")
 
     # --- Saving ---
     def save(self, name: str = "checkpoint.pt") -> None:
-        """Write the checkpoint, which is the truth, best.pt, and results.json, which people read.
+        """Write the checkpoint, which is the truth, best.pt, and results.json, which people and tools read.
 
-        UserError: a loss or a weight is not finite, or the disk is full.
+        UserError: a loss is not finite, or the disk is full.
         """
-        losses, agent, device = self.checked_losses(), self.agent.state_dict(), self.agent.device
-        if bad := [each for each, value in agent.items() if not value.isfinite().all()]:
-            raise self.diverged(f"{bad[0]} is not finite after step {self.step:,}")
+        losses, device = self.checked_losses(), self.agent.device
         about = {"format": FORMAT, "step": self.step, "total_steps": self.args.total_steps}
         about["finished"] = self.step == self.args.total_steps and not self.evaluation_due()
         about["train_seconds"] = self.seconds_before + time.time() - self.started
@@ -284,7 +270,7 @@ class Run:
             best, self.best = state | self.best, None
             write_atomically(self.folder / "best.pt", best)
         state |= {
-            "agent": agent,
+            "agent": self.agent.state_dict(),
             "optimizers": {each: optimizer.state_dict() for each, optimizer in self.agent.optimizers.items()},
             "memory": self.memory.save(self.folder) if self.memory else None,
             "loss_names": self.names,
@@ -297,7 +283,6 @@ class Run:
         self.write_results()
 
     def write_results(self) -> None:
-        """Write results.json, which people and tools read."""
         write_atomically(self.folder / "results.json", self.results)
 
     def __enter__(self) -> "Run":

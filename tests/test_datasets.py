@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -261,20 +260,14 @@ def add_external(file):
     file.create_dataset("observations", (10, 11), np.uint8, external=[(__file__, 0, 110)])
 
 
-def add_link(file):
-    """Rows that are in another HDF5 file."""
-    other = write(Path(file.filename).with_name("other.hdf5"))
-    file["observations"] = h5py.ExternalLink(other, "observations")
-
-
 def add_half(file):
     """Chunks of which only the first was written."""
     file.create_dataset("observations", (10, 11), np.float32, chunks=(5, 11), compression="gzip")[:5] = 1
 
 
-@pytest.mark.parametrize("add", [add_virtual, add_external, add_link, add_half])
+@pytest.mark.parametrize("add", [add_virtual, add_external, add_half])
 def test_rows_that_were_never_written(add, tmp_path):
-    """HDF5 reads them as zeros, without a word, or from any file that they name."""
+    """HDF5 reads them as zeros, without a word."""
     path = write(tmp_path / "data.hdf5", observations=None)
     with h5py.File(path, "a") as file:
         add(file)

@@ -71,7 +71,7 @@ def test_what_need_not_be_loaded_is_not():
     _, out, _ = runs.finish(runs.python("-c", code, cwd=ROOT))
     names, hopper = (set(line.split()) for line in out.splitlines()[:2])
     assert not names & {"torch", "h5py", "minari"}
-    others = {"common.d4rl_envs", "common.minari_data", "common.downloads", "common.own_data"}
+    others = {"common.d4rl_envs", "common.downloads", "common.other_data"}
     assert not hopper & {"torch", "minari", "gymnasium_robotics", *others}
 
 

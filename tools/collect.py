@@ -43,7 +43,7 @@ import toolbox
 from common.cli import NonNegative, Positive, Threads, UnitInterval, UserError, run_command
 from common.devices import default_threads, use_device
 from common.envs import make_envs, original_env, parse_kwargs
-from common.own_data import to_unit_box
+from common.other_data import to_unit_box
 from common.scores import scored, show
 from common.tasks import Task, find_task
 
