@@ -39,19 +39,18 @@ def bandit_mode(task: str, actions: np.ndarray) -> np.ndarray:
     return np.square(actions[:, None] - BANDITS[task]).sum(axis=2).argmin(axis=1)
 
 
-def mode_rewards(task: str) -> np.ndarray:
-    """Reward (M,) at each mode, from 0 to 1: linear in its radius for RADIAL, else the square of its rank."""
-    if task in RADIAL:
-        radius = np.linalg.norm(BANDITS[task], axis=1)
-        return (radius - radius[0]) / (radius[-1] - radius[0])
-    return np.linspace(0, 1, len(BANDITS[task])) ** 2
-
-
 def bandit_reward(task: str, actions: np.ndarray) -> np.ndarray:
-    """Reward (N,) in [0, 1] of actions (N, 2): that of the nearest mode, falling to 0 away from it."""
-    mode = bandit_mode(task, actions)
-    squared_distance = np.square(actions - BANDITS[task][mode]).sum(axis=1)  # (N,)
-    return mode_rewards(task)[mode] * np.exp(-squared_distance / (2 * 0.1**2))
+    """Reward (N,) in [0, 1] of actions (N, 2): that of the nearest mode, falling to 0 away from it.
+
+    That of a mode is the square of its rank, from 0 to 1; in RADIAL it is linear in its radius.
+    """
+    modes, mode = BANDITS[task], bandit_mode(task, actions)
+    rewards = np.linspace(0, 1, len(modes)) ** 2  # (M,)
+    if task in RADIAL:
+        radius = np.linalg.norm(modes, axis=1)
+        rewards = (radius - radius[0]) / (radius[-1] - radius[0])
+    squared_distance = np.square(actions - modes[mode]).sum(axis=1)  # (N,)
+    return rewards[mode] * np.exp(-squared_distance / (2 * 0.1**2))
 
 
 def sample_bandit(task: str, seed: int, size: int = 10_000) -> dict[str, np.ndarray]:
@@ -60,16 +59,9 @@ def sample_bandit(task: str, seed: int, size: int = 10_000) -> dict[str, np.ndar
     frequency = np.linspace(2, 1, len(BANDITS[task]))
     modes = random.choice(BANDITS[task], size=size, p=frequency / frequency.sum())
     actions = random.normal(modes, 0.05).clip(-1, 1)
-    rewards = bandit_reward(task, actions)
-    return {
-        "observations": np.zeros((size, 1)),
-        "actions": actions,
-        "rewards": rewards,
-        "next_observations": np.zeros((size, 1)),
-        "terminals": np.ones(size),
-        "episode_ends": np.ones(size),
-        "episode_returns": rewards,
-    }
+    rewards, zero, one = bandit_reward(task, actions), np.zeros((size, 1)), np.ones(size)
+    fields = {"observations": zero, "actions": actions, "rewards": rewards, "next_observations": zero}
+    return fields | {"terminals": one, "episode_ends": one, "episode_returns": rewards}
 
 
 class Bandit(gymnasium.Env):

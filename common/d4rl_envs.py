@@ -24,7 +24,6 @@ with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.St
     from gymnasium_robotics.envs.maze import maps
 
 MAZE_GOALS = {"umaze": (3, 1), "medium": (6, 6), "large": (7, 9)}  # row and column of the goal's cell
-MAZE_START = (1, 1)
 KITCHEN_TASKS = {  # the subtasks of each task
     "complete": ("microwave", "kettle", "light switch", "slide cabinet"),
     "partial": ("microwave", "kettle", "light switch", "slide cabinet"),
@@ -61,16 +60,14 @@ class AntMaze(gymnasium.Wrapper):
     """D4RL's antmaze: an ant that gets a reward of 1 when it comes within 0.5 of the goal, where it ends.
 
     Observations (29,) are qpos (15), which begins with x and y, and qvel (14). The start is the origin, x
-    grows with the maze's columns and y with its rows, by 4 per cell; the goal is not observed.
-
-    Gymnasium-Robotics centres the maze and counts its rows downwards, so it is given the rows in reverse, and
-    x and y are shifted. Its ant is Gymnasium's; D4RL's takes steps of 0.02 s, not 0.01, has torques up to 30,
-    not 150, and softer contacts: on Gymnasium's, what was learned from D4RL's data would not walk.
+    grows with the maze's columns and y with its rows, by 4 per cell; the goal is not observed. D4RL's ant takes
+    steps of 0.02 s, not 0.01, has torques up to 30, not 150, and softer contacts than Gymnasium's.
     """
 
     def __init__(self, size: str, **options):
         rows = getattr(maps, {"umaze": "U_MAZE", "medium": "MEDIUM_MAZE", "large": "LARGE_MAZE"}[size])
-        env: Any = gymnasium.make("AntMaze_UMaze-v4", maze_map=rows[::-1], continuing_task=False, **options)
+        maze = {"maze_map": rows[::-1], "continuing_task": False}  # reversed: its y grows upwards
+        env: Any = gymnasium.make("AntMaze_UMaze-v4", **maze, **options)
         super().__init__(env)
         self.maze = env.unwrapped
         Path(self.maze.tmp_xml_file_path).unlink(missing_ok=True)  # or one is left for each environment
@@ -80,17 +77,10 @@ class AntMaze(gymnasium.Wrapper):
         model.opt.timestep = 0.02
         model.actuator_gear[:, 0] = 30
         model.geom_solimp[:, :3] = 0.8, 0.8, 0.01
-        self.cells = {
-            "reset_cell": np.array([len(rows) - 1 - MAZE_START[0], MAZE_START[1]]),
-            "goal_cell": np.array([len(rows) - 1 - MAZE_GOALS[size][0], MAZE_GOALS[size][1]]),
-        }
+        (row, column), last = MAZE_GOALS[size], len(rows) - 1
+        self.cells = {"reset_cell": np.array([last - 1, 1]), "goal_cell": np.array([last - row, column])}
         self.origin = self.maze.maze.cell_rowcol_to_xy(self.cells["reset_cell"])  # of D4RL's frame
         self.observation_space = Box(-np.inf, np.inf, (29,), np.float64)
-
-    @property
-    def goal(self) -> np.ndarray:
-        """x and y (2,) of the goal in D4RL's frame, in metres."""
-        return self.maze.goal - self.origin
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         """Start in the start's cell; the goal is up to 1.5 m away from the centre of its cell, in x and y."""

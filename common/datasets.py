@@ -68,7 +68,7 @@ def load_dataset(
 
             fields = read_own(Path(dataset).expanduser(), task, *action_bounds)
         elif task.kind == "d4rl":
-            fields = read_d4rl(d4rl_file(task), task)
+            fields = read_d4rl(task)
         elif task.kind == "bandit":
             from common.bandits import sample_bandit
 
@@ -83,26 +83,20 @@ def load_dataset(
 
 
 # === Files in D4RL's layout ===
-def d4rl_file(task: Task) -> Path:
-    """Path of the task's file; it is bundled, or downloaded to D4RL_DATASET_DIR or ~/.d4rl/datasets."""
+def read_d4rl(task: Task) -> dict[str, np.ndarray]:
+    """The transitions of D4RL's `qlearning_dataset`, one for one, as the arrays of `Dataset` by name.
+
+    The file is bundled, or downloaded to D4RL_DATASET_DIR or ~/.d4rl/datasets. The next observation of a row
+    is that of the row below. So the last row is dropped, and every timeout row, terminal or not, since the row
+    below is another episode's. Other terminal rows stay: their next observation is never bootstrapped from.
+    """
     name = Path(task.file["file"]).name
-    if (DATA / name).exists():
-        return DATA / name
-    path = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / name
+    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    path = (DATA if (DATA / name).exists() else folder) / name
     if not path.exists():
         from common.downloads import download
 
         download(task.file, path)
-    return path
-
-
-def read_d4rl(path: Path, task: Task) -> dict[str, np.ndarray]:
-    """The transitions of D4RL's `qlearning_dataset`, one for one, as the arrays of `Dataset` by name.
-
-    The next observation of a row is that of the row below. So the last row is dropped, and every timeout row,
-    terminal or not, since the row below is another episode's. Other terminal rows stay: their next
-    observation, wrong as it is, is never bootstrapped from.
-    """
     with h5py.File(path) as file:
         rows = {name: file[name][()] for name in FIELDS}
         timeouts = file["timeouts"][()].astype(bool) if "timeouts" in file else None
@@ -119,7 +113,12 @@ def transitions(task: Task, rows: dict, timeouts: np.ndarray, keep: np.ndarray, 
     episode = np.append(0, np.cumsum(ends)[:-1])[keep]  # (N,): which one a transition is of
     fields = {name: rows[name][keep] for name in FIELDS} | {"next_observations": next_obs}
     fields["episode_ends"] = np.append(np.diff(episode) > 0, True)
-    return fields | {"episode_returns": evaluated_returns(task, rows["rewards"], ends, timeouts)}
+    # Two domains were recorded otherwise than they are evaluated: ants go on after they reached the goal, and
+    # a step in the kitchen is rewarded for all that is done by then.
+    whole = np.flatnonzero(timeouts if task.family == "antmaze" else ends) + 1
+    counted = np.max if task.family in ("antmaze", "kitchen") else np.sum
+    rewards = np.split(rows["rewards"].astype(np.float64), whole)[:-1]  # of each complete episode
+    return fields | {"episode_returns": np.array([counted(each[: task.horizon]) for each in rewards])}
 
 
 def clip(source: str | Path, actions: np.ndarray) -> np.ndarray:
@@ -139,18 +138,6 @@ def cut_at_horizon(terminals: np.ndarray, horizon: int | None, after_terminal: i
         timeouts[row] = step + 1 == horizon
         step = 0 if timeouts[row] else after_terminal if terminal else step + 1
     return timeouts
-
-
-def evaluated_returns(task: Task, rewards: np.ndarray, ends: np.ndarray, timeouts: np.ndarray) -> np.ndarray:
-    """The returns (num complete episodes,) that the recorded episodes would have got in an evaluation.
-
-    Two domains were recorded otherwise than they are evaluated: ants go on after they reached the goal, and a
-    step in the kitchen is rewarded for all that is done by then.
-    """
-    ends = timeouts if task.family == "antmaze" else ends
-    episodes = np.split(rewards.astype(np.float64), np.flatnonzero(ends) + 1)[:-1]
-    count = np.max if task.family in ("antmaze", "kitchen") else np.sum
-    return np.array([count(episode[: task.horizon]) for episode in episodes])
 
 
 # === Rewards ===

@@ -53,19 +53,13 @@ def use_device(name: str, num_threads: int, matmul_precision: str) -> torch.devi
 def matmul_library() -> str:
     """What multiplies float32 matrices on a CPU: onednn on AMD's Zen 5 or later, else mkl, PyTorch's own.
 
-    MKL uses half the width of those processors. The environment variable MATMUL_LIBRARY overrules this.
-    UserError: it is neither, or PyTorch would not use oneDNN here, or would round its products to bfloat16.
+    MKL uses half the width of those processors.
     """
     cpuinfo = Path("/proc/cpuinfo")  # of Linux: vendor, family, instruction sets
     about = cpuinfo.read_text() if cpuinfo.exists() else ""
     family = re.search(r"AuthenticAMD\ncpu family\s*: (\d+)", about)
     works = torch.backends.mkldnn.is_available() and "avx512bw" in about and "amx" not in about
-    default = "onednn" if works and family and int(family[1]) >= 26 else "mkl"
-    chosen = os.environ.get("MATMUL_LIBRARY", default)
-    if chosen not in ("mkl", "onednn") or (chosen == "onednn" and not works):
-        needed = "mkl or, with AVX-512 and without AMX, onednn"
-        raise UserError(f"MATMUL_LIBRARY is {chosen}; it must be {needed}")
-    return chosen
+    return "onednn" if works and family and int(family[1]) >= 26 else "mkl"
 
 
 class CPUMish(torch.autograd.Function):

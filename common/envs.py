@@ -65,8 +65,15 @@ def make_env(task: Task, args: Any, render_mode: str | None = None) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever an environment's author may raise, most often a missing package
-        reason = f"{error}\n{advice(task, render_mode)}"
-        raise UserError(f"cannot make the environment of {task.name}: {reason}") from error
+        newer, gl = f"{task.name.rpartition('-')[0]}-v4", os.environ.get("MUJOCO_GL")
+        advice = "Install what it needs, or train with --eval-episodes 0"
+        if render_mode and gl:
+            advice = f"MUJOCO_GL is {gl}: does that work here?"
+        elif task.name.endswith(("-v2", "-v3")) and newer in gymnasium.registry:
+            advice = f"Gymnasium has {newer}"
+        elif task.kind == "minari":
+            advice += f"; or --env-id <module that registers it>:<Id> --dataset {task.name}"
+        raise UserError(f"cannot make the environment of {task.name}: {error}\n{advice}") from error
     space = env.action_space
     vector = isinstance(space, Box) and len(space.shape) == 1 and space.is_bounded()
     if not (vector and space.dtype.kind == "f" and (space.low < space.high).all()):
@@ -97,17 +104,6 @@ def original_env(task: Task, options: dict) -> gymnasium.Env:
     registered = getattr(gymnasium.registry.get(env_id), "max_episode_steps", None)
     limit = options["max_episode_steps"] or registered or LONGEST_EPISODE
     return gymnasium.make(env_id, **options | {"max_episode_steps": limit})
-
-
-def advice(task: Task, render_mode: str | None) -> str:
-    """What to do where an environment cannot be made."""
-    base, _, version = task.name.rpartition("-")
-    if render_mode and "MUJOCO_GL" in os.environ:
-        return f"MUJOCO_GL is {os.environ['MUJOCO_GL']}: does that work here?"
-    if version in ("v2", "v3") and f"{base}-v4" in gymnasium.registry:
-        return f"Gymnasium has {base}-v4"
-    module = f"; or --env-id <module that registers it>:<Id> --dataset {task.name}"
-    return f"Install what it needs{module if task.kind == 'minari' else ''}; or train with --eval-episodes 0"
 
 
 def parse_kwargs(words: tuple[str, ...]) -> dict[str, Any]:

@@ -27,7 +27,18 @@ def read_own(path: Path, task: Task, low: float, high: float) -> dict[str, np.nd
     row that has none, because its episode was cut off there or the file ends, is dropped; a terminal row
     stays, since its next observation is never used. UserError: the file cannot be used.
     """
-    rows = read_file(path)
+    if not path.is_file():  # to open a pipe would take forever
+        advice = "--dataset takes an HDF5 file or a Minari id; in a resumed run it is the checkpoint's"
+        raise UserError(f"there is no file {path} (seen from {os.getcwd()}); {advice}")
+    with h5py.File(path) as file:
+        if missing := [name for name in FIELDS if name not in file]:
+            raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(file) or 'nothing'}")
+        known = [name for name in [*FIELDS, "timeouts", "next_observations"] if name in file]
+        if ignored := sorted(file.keys() - known):
+            print(f"{path}: ignored {', '.join(ignored)}")
+        for name in known:
+            check_stored(path, file[name])
+        rows = check_fields(path, {name: file[name][()] for name in known})
     terminals = rows["terminals"].astype(bool)
     if "timeouts" in rows:
         timeouts = rows["timeouts"].astype(bool)
@@ -48,22 +59,6 @@ def read_own(path: Path, task: Task, low: float, high: float) -> dict[str, np.nd
         raise UserError(f"{path} has no transition: {len(timeouts)} rows, {timeouts.sum()} of them timeouts")
     fields = transitions(task, rows, timeouts, keep, next_observations)
     return fields | {"actions": to_unit_box(path, fields["actions"], low, high, "--action-bounds")}
-
-
-def read_file(path: Path) -> dict[str, np.ndarray]:
-    """The checked fields of an HDF5 file. UserError: a field is missing or unusable."""
-    if not path.is_file():  # to open a pipe would take forever
-        advice = "--dataset takes an HDF5 file or a Minari id; in a resumed run it is the checkpoint's"
-        raise UserError(f"there is no file {path} (seen from {os.getcwd()}); {advice}")
-    with h5py.File(path) as file:
-        if missing := [name for name in FIELDS if name not in file]:
-            raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(file) or 'nothing'}")
-        known = [name for name in [*FIELDS, "timeouts", "next_observations"] if name in file]
-        if ignored := sorted(file.keys() - known):
-            print(f"{path}: ignored {', '.join(ignored)}")
-        for name in known:
-            check_stored(path, file[name])
-        return check_fields(path, {name: file[name][()] for name in known})
 
 
 # === Minari ===

@@ -53,8 +53,7 @@ def find_task(name: str) -> Task:
         if module:  # registers env_id
             importlib.import_module(module)
     except Exception as error:  # whatever is wrong in it
-        advice = "; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
-        reason = f"{type(error).__name__}: {error}{advice}"
+        reason = f"{type(error).__name__}: {error}; is its folder in PYTHONPATH?"
         raise UserError(f"cannot import {module} of {name}: {reason}") from error
     if env_id not in registry:
         with contextlib.suppress(ImportError):  # Gymnasium-Robotics, which registers more
