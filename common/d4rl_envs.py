@@ -60,8 +60,8 @@ class AntMaze(gymnasium.Wrapper):
     """D4RL's antmaze: an ant that gets a reward of 1 when it comes within 0.5 of the goal, where it ends.
 
     Observations (29,) are qpos (15), which begins with x and y, and qvel (14). The start is the origin, x
-    grows with the maze's columns and y with its rows, by 4 per cell; the goal is not observed. D4RL's ant takes
-    steps of 0.02 s, not 0.01, has torques up to 30, not 150, and softer contacts than Gymnasium's.
+    grows with the maze's columns and y with its rows, by 4 per cell; the goal is not observed. D4RL's ant
+    takes steps of 0.02 s, not 0.01, has torques up to 30, not 150, and softer contacts than Gymnasium's.
     """
 
     def __init__(self, size: str, **options):

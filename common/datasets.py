@@ -87,8 +87,8 @@ def read_d4rl(task: Task) -> dict[str, np.ndarray]:
     """The transitions of D4RL's `qlearning_dataset`, one for one, as the arrays of `Dataset` by name.
 
     The file is bundled, or downloaded to D4RL_DATASET_DIR or ~/.d4rl/datasets. The next observation of a row
-    is that of the row below. So the last row is dropped, and every timeout row, terminal or not, since the row
-    below is another episode's. Other terminal rows stay: their next observation is never bootstrapped from.
+    is that of the row below. So the last row is dropped, and every timeout row, terminal or not, since below
+    it is another episode. Other terminal rows stay: their next observation is never bootstrapped from.
     """
     name = Path(task.file["file"]).name
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()

@@ -7,7 +7,8 @@ import ctypes
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,13 +38,11 @@ def use_device(name: str, num_threads: int, matmul_precision: str) -> torch.devi
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         device = torch.empty(0, device=chosen).device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # CUDA graphs and their streams are those of the current one
-        elif device.type != "cpu":
-            raise RuntimeError("it is neither cpu nor cuda")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} is not available: {reason}; try --device cpu") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # CUDA graphs and their streams are those of the current one
     if device.type == "cpu" and matmul_library() == "onednn":
         matmul_precision = "medium"  # lets PyTorch take it; its products are float32 all the same without AMX
     torch.set_float32_matmul_precision(matmul_precision)
@@ -96,21 +95,19 @@ def cuda_graphed(update: Update, device: torch.device, wanted: bool) -> Update:
     """
     if not wanted or device.type != "cuda":
         return update
-    graph, stream, calls, outputs = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, {}
 
-    def step() -> dict[str, Tensor]:
-        nonlocal calls, outputs
-        calls += 1
-        if calls <= 3:
+    def steps() -> Iterator[dict[str, Tensor]]:
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        for _ in range(3):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 outputs = update()
             torch.cuda.current_stream().wait_stream(stream)
-            return outputs
-        if calls == 4:
-            with torch.cuda.graph(graph):
-                outputs = update()
-        graph.replay()
-        return outputs
+            yield outputs
+        with torch.cuda.graph(graph):
+            outputs = update()
+        while True:
+            graph.replay()
+            yield outputs
 
-    return step
+    return partial(next, steps())

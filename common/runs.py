@@ -5,7 +5,6 @@ it is a memory, with .save(folder) -> state and .load(folder, state).
 """
 
 import contextlib
-import errno
 import io
 import json
 import os
@@ -34,7 +33,6 @@ from common.cli import UserError, check_bounds, sources_of
 from common.devices import matmul_library
 from common.scores import reference_returns, scored, show, summarize
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # what some file systems answer
 stop_requested = threading.Event()
 
 
@@ -93,16 +91,15 @@ def write_atomically(path: Path, content: dict) -> None:
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Make the folder; the right to write there, until released or the process ends. UserError: neither."""
+    """The right to write into the folder, until released or the process ends. UserError: another has it."""
     lock = FileLock(folder / "run.lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(f"{folder} is in use by another process; wait until it has ended") from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise UserError(f"cannot write into {folder}: {error}; choose another --run-dir") from error
+    except OSError:
+        pass  # some file systems have no locks; a folder that cannot be written is noticed at config.json
     return lock
 
 
@@ -131,24 +128,22 @@ class Run:
         self.reference = self.about_data["reference_returns"]
         self.results: dict = {"script": Path(script).stem, "env_id": args.env_id, "seed": args.seed}
         self.results |= {"evaluations": [], "losses": {}, "train_seconds": 0.0} | self.about_data
+        name = f"{args.env_id}__{Path(script).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        new = Path(args.run_dir).expanduser() / re.sub(r"[^-\w.]", "-", name)
+        path = Path(args.resume).expanduser() if args.resume else new
+        self.folder = path.parent if path.is_file() else path
+        self.lock = lock_folder(self.folder)
         if args.resume:
             from common.checkpoints import restore
 
-            path = Path(args.resume).expanduser()
-            self.folder = path if path.is_dir() else path.parent
-            self.lock = lock_folder(self.folder)
             restore(self, path)
-        else:
-            name = f"{args.env_id}__{Path(script).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-            self.folder = Path(args.run_dir).expanduser() / re.sub(r"[^-\w.]", "-", name)
-            self.lock = lock_folder(self.folder)
+        self.announce(sources_of(args, task_settings))
         # What was drawn after the checkpoint is drawn again, and an evaluation that it does not have.
         owed = self.evaluation_due()
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 - owed)
         for curve, (step, value) in self.drawn.items():
             if owed and step == self.step:
                 self.writer.add_scalar(curve, value, step)
-        self.announce(sources_of(args, task_settings))
         self.started, self.seconds_before = time.time(), self.results["train_seconds"]
         counts = {"initial": self.step - first_step, "total": args.total_steps - first_step}
         pause = 0.1 if sys.stderr.isatty() else 60  # seconds between two states of the bar

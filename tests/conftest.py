@@ -9,11 +9,15 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, also in the
 import pytest
 import torch
 from runs import AGENTS, load_script, train
+from tensorboard.summary.writer import event_file_writer
 
 from common.devices import default_threads, use_device
 
 # As in a run, also in tests that make none; "medium" takes the products of oneDNN, where .ci/run asks for it.
 use_device("cpu", default_threads(), os.environ.get("MATMUL_PRECISION", "highest"))
+
+# Files of one second are read in the order of their names, which end with this: .10 would come before .9.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 # Where tests run in the background, by a shell's & or by CI, Ctrl-C is ignored, and under nohup the end of
 # the terminal session, also by what they start.
