@@ -124,7 +124,10 @@ def test_the_tables_of_scores_are_those_of_the_runs():
     assert dict(table) == {name: f"{runs[name][1][-1].mean():.1f}" for name in results.LINES}
 
 
-def test_figures_without_their_runs(tmp_path):
+def test_figures_of_scores(tmp_path):
+    for panel in (results.bars, results.curves):
+        results.draw(tmp_path / "a.png", ROOT / "docs" / "results", results.PANELS, panel, rows=2)
+        assert (tmp_path / "a.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="there is no run"):
         results.main(results.Args(tmp_path))
 
