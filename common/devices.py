@@ -62,20 +62,23 @@ def matmul_library() -> str:
 
 
 class CPUMish(torch.autograd.Function):
-    """x tanh(softplus(x)) = 2 x / (1 + r^2) - x with r = sigmoid(-x); takes a third of F.mish's CPU time."""
+    """y = x tanh(softplus(x)) = x (2 / d - 1) with d = 1 + r^2, r = sigmoid(-x); one exponential in all."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
         minus_x = -x
-        return minus_x.addcdiv_(x, minus_x.sigmoid().square_().add_(1), value=2)
+        r = minus_x.sigmoid()
+        d = r.square().add_(1)
+        y = minus_x.addcdiv_(x, d, value=2)
+        ctx.save_for_backward(x, y, r, d)
+        return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # (2 - d + 4 x r^2 (1 - r) / d) / d with d = 1 + r^2
-        (x,) = ctx.saved_tensors
-        r = (-x).sigmoid_()
-        d = r.square().add_(1)
-        return (2 - d).addcdiv_(x * (d - 1) * (1 - r), d, value=4).div_(d).mul_(grad)
+    def backward(ctx, grad: Tensor) -> Tensor:  # y' = w + (x - y w) (1 - r) with w = 2 / d - 1
+        x, y, r, d = ctx.saved_tensors
+        w = (2 / d).sub_(1)
+        rest = torch.addcmul(x, y, w, value=-1)
+        return rest.addcmul_(rest, r, value=-1).add_(w).mul_(grad)
 
 
 def mish(x: Tensor) -> Tensor:

@@ -39,19 +39,17 @@ stop_requested = threading.Event()
 # === Stopping ===
 @contextlib.contextmanager
 def stopping_between_steps() -> Iterator[None]:
-    """Within, Ctrl-C, SIGTERM and SIGHUP only set a flag, for stop_if_asked(); what nohup ignores stays so.
-
-    A second Ctrl-C or SIGTERM ends the process at once: a step may hang. Only a main thread hears signals.
-    """
+    """Within, Ctrl-C, SIGTERM and SIGHUP only set a flag, for stop_if_asked(); what is ignored stays so."""
     stop_requested.clear()
-    names = ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    known = {getattr(signal, name) for name in names if hasattr(signal, name)}
+    is_main_thread = threading.current_thread() is threading.main_thread()  # only that one hears signals
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if is_main_thread else ()
+    known = {getattr(signal, name) for name in names if hasattr(signal, name)}  # Windows has no SIGHUP
     previous = {each: signal.getsignal(each) for each in known if signal.getsignal(each) != signal.SIG_IGN}
 
     def request_stop(number: int, frame: object) -> None:
         stop_requested.set()
         for each in {signal.SIGINT, signal.SIGTERM} & previous.keys():
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once: a step may hang
 
     for each in previous:
         signal.signal(each, request_stop)

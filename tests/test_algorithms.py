@@ -142,7 +142,7 @@ WITH_Q = {
     dac: OF_DAC | dict(num_action_samples=10),
     diffusion_ql: OF_DQL | dict(num_action_samples=50),
     dtql: dict(pretrain_steps=300, total_steps=500),
-    edp_td3: dict(dpm_calls=6),
+    edp_td3: dict(total_steps=1_250, dpm_calls=6),
     **{script: dict(total_steps=1_000, dpm_calls=6) for script in (edp_crr, edp_iql)},
 }
 
