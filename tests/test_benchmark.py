@@ -39,6 +39,7 @@ class Args:
     gamma: float = 0.9
     pause: float = 0.0
     device: str = "auto"
+    num_threads: int = 1
     run_dir: str = "runs"
     resume: str | None = None
 
@@ -54,7 +55,7 @@ def train(args):
     (folder / "config.json").write_text(json.dumps(config))
     checkpoint = folder / "checkpoint.pt"
     first = int(checkpoint.read_text()) if checkpoint.exists() else 0
-    print(f"from step {first}, threads {os.environ['OMP_NUM_THREADS']} {os.environ['OMP_WAIT_POLICY']},",
+    print(f"from step {first}, threads {args.num_threads} {os.environ['OMP_WAIT_POLICY']},",
           f"GPUs {os.environ.get('CUDA_VISIBLE_DEVICES')}")
     if args.seed == 2:
         print("error: a mistake")
@@ -175,8 +176,6 @@ def test_stop_and_go_on(number, counter, capsys):
     assert "0 finished, 0 failed, 3 stopped, of 3 runs" in out
     steps = [results_of(path.parent)["step"] for path in counter.glob("*/*/results.json")]
     assert len(steps) == len(starts(counter)) == 2 and 0 < max(steps) < 20
-    run(counter, *words, dry_run=True, **changes)
-    assert re.search(rf"stopped   counter {TASK} 0 at step \d+, {TASK}__", capsys.readouterr().out)
     run(counter, *words, **changes)
     assert sorted(map(tuple, starts(counter).values())) == sorted([(0,), *((0, step) for step in steps)])
 

@@ -50,7 +50,7 @@ def collected(tmp_path_factory):
     """Folder of a finished collection, which is not to be changed."""
     folder = tmp_path_factory.mktemp("collected")
     with in_folder(folder):
-        collect.main(replace(TINY, save=folder / "sac.zip"))
+        collect.main(TINY)
     return folder
 
 
@@ -84,7 +84,7 @@ def rewards_of(dataset):
 
 
 # --- What is recorded ---
-def test_datasets(datasets, collected):
+def test_datasets(datasets):
     """Each is loaded by the scripts' loader, with scores that are 0 for random and 100 for the expert."""
     expected = [returns_of(datasets[kind]).mean() for kind in ("random", "expert")]
     assert expected[1] > expected[0] + 5
@@ -97,7 +97,6 @@ def test_datasets(datasets, collected):
         assert isinstance(env.unwrapped, line.Line) and env.spec.max_episode_steps == 10
         assert env.observation_space.shape == data.observations.shape[1:]
         assert dataset.spec.env_spec.id == "Line-v0"
-    assert (collected / "sac.zip").stat().st_size > 1000
 
 
 def test_random_is_uniform_and_can_be_played_again(datasets):

@@ -36,7 +36,7 @@ import toolbox
 from common import runs
 from common.cli import NonNegative, Positive, UnitInterval, UserError, check_bounds, parse_args, run_command
 from common.datasets import load_dataset
-from common.envs import make_env, make_envs
+from common.envs import make_envs
 from common.tasks import find_task
 
 PASSED_ON = ["D4RL_DATASET_DIR", "D4RL_MIRROR", "MINARI_DATASETS_PATH", "MUJOCO_GL"]  # to other machines
@@ -67,7 +67,6 @@ class Args:
     gpus_per_run: UnitInterval[float] = 0.0  # share of a GPU for each run, 0.5: two on each; 0: they see none
     retries: NonNegative[int] = 2  # how often a run that died is resumed
     ray_address: str | None = None  # run on this Ray cluster: host:port, or auto on one of its machines
-    dry_run: bool = False  # say what there is to do, and start nothing
 
 
 # === What there is to do ===
@@ -129,11 +128,9 @@ def plan_grid(args: Args, words: list[str]) -> list[Job]:
     tasks = dict.fromkeys([*args.env_ids, *(task for name in args.tasks for task in TASK_SETS[name])])
     if not scripts or not tasks:
         raise UserError("nothing to run: name --scripts, and tasks by --env-ids or --tasks")
-    seeds, run_dir = list(dict.fromkeys(args.seeds)), Path(args.run_dir).expanduser().resolve()
-    jobs = []
-    for task in tasks:
-        find_task(task)
-        planned = [plan_jobs(script, task, seeds, words, run_dir) for script in scripts]
+    seeds, run_dir, jobs = list(dict.fromkeys(args.seeds)), Path(args.run_dir).expanduser().resolve(), []
+    for task in map(find_task, tasks):
+        planned = [plan_jobs(script, task.name, seeds, words, run_dir) for script in scripts]
         jobs += [job for of_a_seed in zip(*planned, strict=True) for job in of_a_seed]
     return jobs
 
@@ -146,13 +143,11 @@ def check_tasks(jobs: list[Job]) -> None:
     for job in {("dataset" in job.settings, job.env_id): job for job in jobs}.values():
         given, task = SimpleNamespace(**job.settings), find_task(job.env_id)
         try:
-            if "dataset" not in job.settings:  # the script learns online
+            if "dataset" in job.settings:
+                data = load_dataset(task, given.dataset, given.seed, given.action_bounds)
+                make_envs(task, min(given.eval_episodes, 1), given, data)
+            else:  # the script learns online
                 make_envs(task, 1, given)
-                continue
-            if given.eval_episodes > 0:
-                make_env(task, given).close()  # which is known sooner than a download ends
-            data = load_dataset(task, given.dataset, given.seed, given.action_bounds)
-            make_envs(task, min(given.eval_episodes, 1), given, data)
         except UserError as error:
             raise UserError(f"{job.script} cannot be trained on {job.env_id}: {error}") from error
 
@@ -197,7 +192,8 @@ def execute(job: Job, environment: dict[str, str], retries: int) -> str:
         state, found = look_up(job)
         if state == "finished" or runs.stop_requested.is_set():
             break
-        words = [sys.executable, str(toolbox.ROOT / f"{job.script}.py"), *job.words]
+        words = [sys.executable, str(toolbox.ROOT / f"{job.script}.py")]
+        words += ["--num-threads", environment["OMP_NUM_THREADS"], *job.words]
         words += ["--resume", str(found.folder)] if found else []
         with open(job.log, "a") as log:
             head = f"{time.strftime('%F %T')} on {socket.gethostname()}, {state}"
@@ -326,16 +322,12 @@ def main(args: Args, words: list[str]) -> None:
     if args.ray_address and args.workers:
         raise UserError("--workers is for one machine; on a Ray cluster --cpus-per-run limits the runs")
     jobs, started = plan_grid(args, words), time.time()
-    found = {job: look_up(job) for job in jobs}
-    states = Counter(state for state, _ in found.values())
+    found = {job: look_up(job)[0] for job in jobs}
+    states = Counter(found.values())
     numbers = ", ".join(f"{states[state]} {state}" for state in ("finished", "stopped", "new"))
     print(f"{len(jobs)} runs in {jobs[0].folder.parent}: {numbers}")
-    if args.dry_run:
-        for job, (state, run) in found.items():
-            print(f"{state:10}{job.name} at step {run.step if run else 0:,}, {job.folder.name}")
-        return
-    check_tasks([job for job in jobs if found[job][0] == "new"])
-    if not (todo := [job for job in jobs if found[job][0] != "finished"]):
+    check_tasks([job for job in jobs if found[job] == "new"])
+    if not (todo := [job for job in jobs if found[job] != "finished"]):
         return
     with runs.stopping_between_steps():
         counts = run_all(todo, args) + Counter(finished=states["finished"])

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import toolbox
 from common.cli import NonNegative, Positive, Threads, UnitInterval, UserError, run_command
-from common.devices import default_threads, use_device
+from common.devices import use_device
 from common.envs import make_envs, original_env, parse_kwargs
 from common.other_data import to_unit_box
 from common.scores import scored, show
@@ -65,8 +65,7 @@ class Args:
     transitions: Positive[int] = 100_000  # recorded per policy, at least: the last episode is finished
     seed: NonNegative[int] = 0  # seed of training and recording
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
-    num_threads: Threads[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
-    save: Path | None = None  # write the trained SAC to this file, .zip, as Stable-Baselines3 saves it
+    num_threads: Threads[int] = 1  # threads on a CPU
 
     # --- SAC ---
     total_steps: Positive[int] = 300_000  # environment steps of the training
@@ -281,8 +280,6 @@ def main(args: Args) -> None:
         toolbox.write_output(path.with_name(".trial"), b"")  # fails, if it does, before hours of training
 
     model, snapshots = train(env, eval_env, args)
-    if args.save:
-        model.save(args.save)
     recorded = record_all(model, snapshots, eval_env, args)
     reference = mean_return(recorded["random"][1]), mean_return(recorded["expert"][1])
     made_with = ", ".join(f"{name} {value}" for name, value in vars(args).items())

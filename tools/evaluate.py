@@ -31,7 +31,7 @@ from torch import nn
 import toolbox
 from common.checkpoints import load_checkpoint
 from common.cli import NonNegative, Positive, Threads, UserError, check_bounds, run_command
-from common.devices import default_threads, use_device
+from common.devices import use_device
 from common.envs import make_env
 from common.scores import normalized_score
 from common.tasks import find_task
@@ -49,7 +49,7 @@ class Args:
     first_seed: NonNegative[int] = 1_000_000  # of the first episode; training evaluates from 10000 upwards
     env_kwargs: tuple[str, ...] = ()  # replace the run's own, one by one: max_episode_steps=500
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
-    num_threads: Threads[int] = default_threads()  # threads on a CPU; OMP_NUM_THREADS where that is set
+    num_threads: Threads[int] = 1  # threads on a CPU
     video: Path | None = None  # write a film of one more episode to this file, .mp4 or (eight frames) .png
 
 
@@ -77,18 +77,17 @@ def make_rendered_env(args) -> gym.Env:
     """An environment that draws itself, without a screen where there is none. UserError: it cannot."""
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or "egl"
-    env, about = make_env(find_task(args.env_id), args, render_mode="rgb_array"), ""
+    env = make_env(find_task(args.env_id), args, render_mode="rgb_array")
     try:
         if renderer := getattr(env.unwrapped, "mujoco_renderer", None):
-            about = f"; MUJOCO_GL is {os.environ.get('MUJOCO_GL', 'not set')}: {OPENGL}"
             follow(renderer)
         env.reset(seed=0)
-        if isinstance(env.render(), np.ndarray):
-            return env
-        reason = "it has no rgb_array rendering"
+        if not isinstance(env.render(), np.ndarray):
+            raise TypeError("it has no rgb_array rendering")
     except Exception as error:  # of OpenGL, or of a package that draws and is not installed
-        reason = f"{type(error).__name__}: {error}{about}"
-    raise UserError(f"--video: {args.env_id} cannot be drawn here: {reason}")
+        reason = f"{args.env_id} cannot be drawn here: {error or type(error)}"
+        raise UserError(f"--video: {reason}; {OPENGL}") from error
+    return env
 
 
 def follow(renderer) -> None:

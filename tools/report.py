@@ -2,15 +2,13 @@
 
     python tools/report.py runs/grid --output report
 
-writes report/report.md, curves.png and selection.png; the same runs give the same bytes.
+writes report/report.md and curves.png; the same runs give the same bytes.
 """
 
 import json
 import math
 import textwrap
-from collections import defaultdict
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -18,13 +16,11 @@ import numpy as np
 import tyro
 
 import toolbox
-from common.cli import DOMAINS, UserError, run_command
-from common.tasks import BUNDLED
+from common.cli import UserError, run_command
 from toolbox import RecordedRun, interval
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_scores.json").read_text())
 VERSIONS = ("code", "torch", "mujoco", "gymnasium", "numpy", "python")
-LOCOMOTION = ("halfcheetah-", "hopper-", "walker2d-", "ant-")
 MARKERS = ("", "o", "s", "^", "v", "D", "x")  # tell the groups of one script apart, which share its colour
 ABOUT_SCORES = """
 The normalized score (0 random, 100 expert) by the reference returns of D4RL or of a Minari dataset; the
@@ -43,18 +39,10 @@ ABOUT_PUBLISHED = """
 Numbers of others, none measured here. Compare them only on the same version of a task, with the same steps,
 evaluations and episodes: *RAT* with *last ten*, *OMS* with *oracle*, *final* with the end of a curve.
 """
-ABOUT_DOMAINS = """
-Averages of the last ten over tasks, for algorithms with runs on all tasks of a domain that are here. *IQM* is
-the interquartile mean over tasks x seeds; its interval draws the seeds within each task.
-"""
 ABOUT_CURVES = """
 Thick: mean over the seeds; shaded: its 95 % bootstrap interval; thin: each seed; dashed: the data's mean.
 
 ![Learning curves](curves.png)
-
-What *last ten* (RAT, solid) and *oracle* (OMS, dotted) would have been after each evaluation:
-
-![RAT and OMS](selection.png)
 """
 
 
@@ -63,7 +51,7 @@ class Args:
     """A table of scores and learning curves of all runs in some folders."""
 
     folders: Annotated[list[str], tyro.conf.Positional]  # searched for runs, at any depth
-    output: Path = Path("report")  # folder for report.md, curves.png and selection.png
+    output: Path = Path("report")  # folder for report.md and curves.png
     unfinished: bool = False  # count runs that are not finished, too, as far as they have come
 
 
@@ -84,14 +72,6 @@ class Group:
     def task(self) -> str:
         """The env_id, and the dataset if it is another than the task's own."""
         return self.one.data or self.one.args["env_id"]
-
-    @property
-    def domain(self) -> str:
-        """The tasks with which its scores may be averaged; without such tasks, its own task."""
-        if self.one.args["env_id"] == BUNDLED or self.settings.get("dataset"):
-            return self.task
-        own = "locomotion" if self.task.startswith(LOCOMOTION) else self.task
-        return DOMAINS.get(self.task.split("-")[0], (own,))[0]
 
     def last_ten(self) -> np.ndarray:
         """The mean of each seed's last ten evaluations, (seeds,)."""
@@ -141,34 +121,32 @@ def group_runs(runs: list[RecordedRun], unfinished: bool = False) -> tuple[list[
             problems.add(f"{who}: made twice; counted {run.folder.name}, left out {earlier.folder.name}")
         groups.setdefault(key, Group(settings)).runs[seed] = run
     problems |= set_apart(list(groups.values()))
-    return sorted(groups.values(), key=lambda group: (group.task, group.one.script, group.label)), sorted(
-        problems
-    )
+    return sorted(groups.values(), key=lambda group: (group.task, group.label)), sorted(problems)
+
+
+def differing(groups: list[Group]) -> set[str]:
+    """The settings in which groups differ."""
+    names = set().union(*(group.settings for group in groups))
+    return {name for name in names if len({str(each.settings.get(name)) for each in groups}) > 1}
 
 
 def set_apart(groups: list[Group]) -> set[str]:
     """Give every group its label; returns a line for each script that has several groups on a task.
 
-    The label names what the user chose, on every task if the script's groups differ in it on one; the steps
-    and the evaluations have columns of their own.
+    The label names what the user chose, where the groups of the script differ in it; the task, the steps and
+    the evaluations have columns of their own.
     """
-    differing, aside = defaultdict(set), {"total_steps", "eval_every"}
-    for group, other in combinations(groups, 2):
-        if (group.one.script, group.task) == (other.one.script, other.task):
-            names = group.settings.keys() | other.settings.keys()
-            names = {name for name in names if group.settings.get(name) != other.settings.get(name)}
-            differing[group.one.script, group.task] |= names
+    problems, aside = set(), {"env_id", "dataset", "total_steps", "eval_every"}
     for group in groups:
-        names = set().union(
-            *(names for (script, _), names in differing.items() if script == group.one.script)
-        )
-        names = sorted(name for name in names - aside if group.one.sources.get(name) == "given")
-        values = ", ".join(f"{name} {group.settings.get(name)}" for name in names)
+        of_script = [each for each in groups if each.one.script == group.one.script]
+        given = {name for name, source in group.one.sources.items() if source == "given"}
+        names = sorted(given & (differing(of_script) - aside))
+        values = ", ".join(f"{name} {group.settings[name]}" for name in names)
         group.label = f"{group.one.script} ({values})" if values else group.one.script
-    return {
-        f"{script} on {task}: runs with different {', '.join(sorted(names))}, in rows of their own"
-        for (script, task), names in differing.items()
-    }
+        if names := ", ".join(sorted(differing([each for each in of_script if each.task == group.task]))):
+            where = f"{group.one.script} on {group.task}"
+            problems.add(f"{where}: runs with different {names}, in rows of their own")
+    return problems
 
 
 # === The tables ===
@@ -205,11 +183,6 @@ def published(group: Group) -> list[tuple[str, str]]:
     return found
 
 
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
-
-
 def score_row(group: Group) -> list[str]:
     """The row of one algorithm on one task."""
     last_ten, unit = group.last_ten(), group.one.unit
@@ -229,37 +202,10 @@ def score_row(group: Group) -> list[str]:
     ]
 
 
-def domain_rows(groups: list[Group]) -> list[list[str]]:
-    """The averages over the tasks of a domain; only of scores of training on recorded data."""
-    domains, rows = defaultdict(list), []
-    for group in groups:
-        if group.one.unit == "score" and group.one.data:
-            domains[group.domain].append(group)
-    for domain, members in domains.items():
-        tasks = sorted({group.task for group in members})
-        for label in sorted({group.label for group in members}) if len(tasks) > 1 else []:
-            own = {group.task: group for group in members if group.label == label}
-            if len(own) < len(tasks):
-                continue
-            row = [domain, label, str(len(tasks)), num_seeds(list(own.values()))]
-            samples = [own[task].last_ten() for task in tasks]
-            mean = np.mean([sample.mean() for sample in samples])  # each task counts once
-            middle = number(iqm(np.concatenate(samples)), ends=interval(*samples, statistic=iqm))
-            rows.append([*row, number(mean), middle, number(np.mean([own[task].best() for task in tasks]))])
-    return rows
-
-
 def num_seeds(groups: list[Group]) -> str:
     """How many seeds each of the groups has: 3, or 2-5."""
     counts = [len(group.runs) for group in groups]
     return f"{min(counts)}-{max(counts)}" if len(set(counts)) > 1 else str(counts[0])
-
-
-def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Interquartile mean: without the lowest and the highest quarter of the values, each rounded down."""
-    from scipy.stats import trim_mean
-
-    return trim_mean(values, 0.25, axis=axis)
 
 
 def write_report(groups: list[Group], problems: list[str], folders: list[str]) -> str:
@@ -276,10 +222,7 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
     lines += [f"- {problem}" for problem in problems] or ["None: every run counts, no seed is missing."]
     header = ["task", "algorithm", "seeds", "last ten", "averaged", "oracle", "published", "data"]
     rows = [score_row(group) for group in groups]
-    lines += ["", "## Scores", ABOUT_SCORES, *table([*header, "steps", "hours"], rows)]
-    if rows := domain_rows(groups):
-        header = ["domain", "algorithm", "tasks", "seeds", "mean", "IQM", "oracle"]
-        lines += ["", "## Domains", ABOUT_DOMAINS, *table(header, rows)]
+    lines += ["", "## Scores", ABOUT_SCORES, *toolbox.table([*header, "steps", "hours"], rows)]
     lines += ["", "## Learning curves", ABOUT_CURVES]
     if sources := sorted({f"- {source}" for group in groups for _, source in published(group)}):
         lines += ["## Published scores", ABOUT_PUBLISHED, *sources]
@@ -287,20 +230,8 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
 
 
 # === The curves ===
-def running(values: np.ndarray, statistic: str) -> np.ndarray:
-    """Of evaluations (steps, seeds): as they are, or what RAT or OMS is after each of them."""
-    if statistic == "OMS":
-        return np.maximum.accumulate(values)
-    if statistic == "RAT":
-        return np.array([values[max(i - 9, 0) : i + 1].mean(0) for i in range(len(values))])
-    return values
-
-
-def draw(groups: list[Group], statistics: dict[str, str]):
-    """A panel for each task; each of the statistics has its line style, each script its colour.
-
-    Evaluations as they are come with seeds and intervals.
-    """
+def draw(groups: list[Group]):
+    """A panel for each task, with the seeds and intervals of each group; each script has its colour."""
     tasks, labels = sorted({group.task for group in groups}), sorted({group.label for group in groups})
     columns = min(3, len(tasks))
     width, rows = max(6.0, 4.4 * columns), math.ceil(len(tasks) / columns)  # in inches
@@ -319,13 +250,10 @@ def draw(groups: list[Group], statistics: dict[str, str]):
             variants = sorted({each.label for each in groups if each.one.script == group.one.script})
             marker = MARKERS[variants.index(group.label) % len(MARKERS)] or ("." if len(steps) == 1 else "")
             look = {"color": color, "marker": marker, "markersize": 4, "markevery": 1 + len(steps) // 10}
-            for statistic, style in statistics.items():
-                shown = running(values, statistic)
-                [line] = ax.plot(steps, shown.mean(-1), linestyle=style, linewidth=2, **look)
-                lines.setdefault(group.label, line)
-                if statistic == "each" and len(curves) > 1 and steps:
-                    ax.plot(steps, shown, linewidth=0.6, alpha=0.5, color=color)
-                    ax.fill_between(steps, *interval(shown), color=color, alpha=0.15, linewidth=0)
+            [lines[group.label]] = ax.plot(steps, values.mean(-1), linewidth=2, **look)
+            if len(curves) > 1 and steps:
+                ax.plot(steps, values, linewidth=0.6, alpha=0.5, color=color)
+                ax.fill_between(steps, *interval(values), color=color, alpha=0.15, linewidth=0)
         if members[0].one.data_score is not None:
             ax.axhline(members[0].one.data_score, color="gray", linestyle="--", linewidth=0.8)
         ax.locator_params(axis="x", nbins=6)
@@ -345,14 +273,10 @@ def main(args: Args) -> None:
     if not groups:
         advice = "" if args.unfinished else "\n--unfinished counts runs as far as they have come"
         raise UserError("no run counts:\n  " + "\n  ".join(problems) + advice)
-    pictures = {"curves": {"each": "-"}, "selection": {"RAT": "-", "OMS": ":"}}
-    for name, statistics in pictures.items():
-        toolbox.write_output(args.output / f"{name}.png", toolbox.png(draw(groups, statistics)))
+    toolbox.write_output(args.output / "curves.png", toolbox.png(draw(groups)))
     text = write_report(groups, problems, args.folders).encode(errors="surrogateescape")
     toolbox.write_output(args.output / "report.md", text)
-    print(
-        "\n".join([*problems, f"{len(problems)} problems; report.md and two pictures are in {args.output}"])
-    )
+    print(*problems, f"{len(problems)} problems; report.md and curves.png are in {args.output}", sep="\n")
 
 
 if __name__ == "__main__":

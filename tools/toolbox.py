@@ -8,7 +8,7 @@ import importlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -111,21 +111,20 @@ def read_run(folder: Path) -> RecordedRun:
 
 
 # === Statistics and files ===
-def interval(*samples: np.ndarray, statistic: Callable = np.mean) -> tuple[np.ndarray, np.ndarray] | None:
-    """Ends of the 95 % bootstrap interval (percentiles) of a statistic of all samples together.
-
-    The last axis, of seeds or episodes, is drawn anew within each sample; None where one has length 1.
-    """
-    if min(sample.shape[-1] for sample in samples) < 2:
+def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ends of the 95 % bootstrap interval of the mean over the last axis; None: there is one sample only."""
+    if samples.shape[-1] < 2:
         return None
     from scipy.stats import bootstrap  # here, because that takes a second
 
-    def pooled(*drawn: np.ndarray, axis: int) -> np.ndarray:
-        return statistic(np.concatenate(drawn, axis=axis), axis=axis)
-
-    options = {"vectorized": True, "axis": -1, "batch": 500, "method": "percentile"}
-    found = bootstrap(samples, pooled, rng=np.random.default_rng(0), **options).confidence_interval
+    options = {"axis": -1, "batch": 500, "method": "percentile", "rng": np.random.default_rng(0)}
+    found = bootstrap([samples], np.mean, **options).confidence_interval
     return found.low, found.high
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
 
 
 def pyplot() -> ModuleType:
