@@ -1,8 +1,4 @@
-"""The bandits: one-step toy tasks in two dimensions, with a rare best mode among frequent worse ones.
-
-arrays = sample_bandit("bandit-moons-v0", seed=0)
-env = Bandit("bandit-moons-v0")
-"""
+"""The bandits: one-step toy tasks in two dimensions, with a rare best mode among frequent worse ones."""
 
 import gymnasium
 import numpy as np

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from common import FORMAT
-from common.cli import UserError
+from common.cli import FORMAT, UserError
 
 
 def load_checkpoint(path: Path) -> dict:

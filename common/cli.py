@@ -1,13 +1,10 @@
-"""The command line: a user's mistakes, and the settings of a run with where each of them came from.
-
-A setting is what was given, else what the task's row of the script has, else the default that stands in Args.
-"""
+"""The command line and a user's mistakes. A setting is what was given, else the task's row's, else Args'."""
 
 import argparse
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -30,15 +27,15 @@ Even = Annotated[Number, "even and at least 4", lambda number: number >= 4 and n
 Threads = Annotated[Number, "from 1 to 1024", lambda number: 0 < number <= 1024]  # PyTorch crashes above
 
 
+FORMAT = 3  # of checkpoint.pt, best.pt and results.json; the files of another format are refused
+
+
 class UserError(Exception):
     """A mistake of the user's: the scripts print the message, without a traceback, and exit with code 2."""
 
 
 def run_command(main: Callable, args_class: type, task_settings: TaskSettings | None = None) -> None:
-    """Run main(the arguments on the command line), of a script or, without task_settings, of a tool.
-
-    Exit codes: 2 after a user's mistake, with one message; 130 after Ctrl-C.
-    """
+    """Run main(arguments) of a script or, without task_settings, a tool. Exit codes: 2, and 130 (Ctrl-C)."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -92,13 +89,8 @@ def sources_of(args: Any, task_settings: TaskSettings) -> dict[str, str]:
     return usual | {name: "given" for name in vars(args) if getattr(args, name) != getattr(expected, name)}
 
 
-def parse_args(
-    args_class: type[Args], task_settings: TaskSettings, words: Sequence[str] | None = None
-) -> Args:
-    """The settings that a command line asks for (by default that of this process); --help shows the task's.
-
-    On --resume the checkpoint's settings take the place of the task's. UserError: a checkpoint of no use.
-    """
+def parse_args(args_class: type[Args], task_settings: TaskSettings, words: list[str] | None = None) -> Args:
+    """What the words ask for, over the task's row or --resume's checkpoint. UserError: it is of no use."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of what decides on the defaults
     parser.add_argument("--env-id", "--env_id", default=args_class.env_id)
     parser.add_argument("--resume")

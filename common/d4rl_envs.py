@@ -1,7 +1,5 @@
 """D4RL's environments, on top of those that are maintained today: Gymnasium's and Gymnasium-Robotics'.
 
-    env = make_d4rl_env("antmaze-umaze-v2", max_episode_steps=700)
-
 Observations, rewards, starts, goals, horizons and ends of episodes are D4RL's. docs/tasks.md lists, for each
 domain, what still differs. The original's source: github.com/Farama-Foundation/D4RL, d4rl/{gym_mujoco,
 locomotion,hand_manipulation_suite,kitchen}.
@@ -38,10 +36,7 @@ HAND_TO_OBJECT = {  # palm minus object (3,), from an observation of Adroit's ta
 
 
 def make_d4rl_env(task: str, **options) -> gymnasium.Env:
-    """The environment of a D4RL task; the options are gymnasium.make's.
-
-    LookupError: not rebuilt here.
-    """
+    """The environment of a D4RL task; the options are gymnasium.make's. LookupError: not rebuilt here."""
     family, *variant = task.split("-")
     if family == "ant":  # Ant-v4 leaves out D4RL's 84 contact forces, which are all zero: (27,) to (111,)
         space = Box(-np.inf, np.inf, (111,), np.float64)
@@ -100,10 +95,9 @@ class AntMaze(gymnasium.Wrapper):
 
 
 class Adroit(gymnasium.Wrapper):
-    """D4RL's pen, door, hammer and relocate: Gymnasium-Robotics', but for two differences that are undone.
+    """D4RL's pen, door, hammer and relocate: Gymnasium-Robotics', but for two differences.
 
-    Its door, hammer and relocate reward the distance between hand and object, by +0.1 per metre instead of
-    -0.1. Its pen goes on after a drop.
+    Its last three reward the distance of hand and object, by +0.1 per metre, not -0.1; its pen may drop.
     """
 
     def __init__(self, family: str, **options):

@@ -1,7 +1,5 @@
 """From a task to its transitions, as arrays.
 
-data = load_dataset(find_task("hopper-medium-v2"))
-
 D4RL's names are read by D4RL's own rules, row for row; a user's file as a user means it (other_data.py). What
 is dropped, clipped, rescaled or ignored is said in one line, with its count, or refused.
 """
@@ -47,9 +45,7 @@ class Dataset:
         return found | {"data_checksum": [zlib.crc32(column.data) for column in columns]}
 
 
-def load_dataset(
-    task: Task, dataset: str | None = None, seed: int = 0, action_bounds: tuple[float, float] = (-1, 1)
-) -> Dataset:
+def load_dataset(task: Task, dataset: str | None = None, seed: int = 0, action_bounds=(-1, 1)) -> Dataset:
     """The transitions of a task. UserError: failed download, broken or unusable data.
 
     `dataset`, an HDF5 file or a Minari id, replaces the task's own transitions. `action_bounds` are what -1
@@ -142,9 +138,9 @@ def cut_at_horizon(terminals: np.ndarray, horizon: int | None, after_terminal: i
 
 # === Rewards ===
 def tune_rewards(data: Dataset, rule: RewardRule) -> np.ndarray:
-    """The rewards (N,) to train on, by one of the rules of the official codes; scores use the raw rewards.
+    """The rewards (N,) to train on, by a rule of the official codes, which it prints; scores use raw ones.
 
-    Prints what the rule does to them. UserError: data for which the rule would divide by zero.
+    UserError: the rule would divide by zero.
     """
     rewards = data.rewards.astype(np.float64)
     returns = np.diff(np.cumsum(rewards)[data.episode_ends > 0], prepend=0)
@@ -160,7 +156,6 @@ def tune_rewards(data: Dataset, rule: RewardRule) -> np.ndarray:
     }
     shift, scale = rules[rule]
     if not scale > 1e-9:
-        reason = "all rewards, or all returns of whole episodes, are equal"
-        raise UserError(f"{data.name}: --reward-tune {rule} is undefined: {reason}; none keeps the rewards")
+        raise UserError(f"{data.name}: --reward-tune {rule} is undefined: all rewards or returns are equal")
     print(f"rewards by {rule}: (reward - {shift:.6g}) / {scale:.6g}")
     return ((rewards - shift) / scale).astype(np.float32)

@@ -43,10 +43,7 @@ def use_device(name: str, num_threads: int, matmul_precision: str) -> torch.devi
 
 
 def matmul_library() -> str:
-    """What multiplies float32 matrices on a CPU: onednn on AMD's Zen 5 or later, else mkl, PyTorch's own.
-
-    MKL uses half the width of those processors.
-    """
+    """What multiplies matrices on a CPU: onednn on Zen 5 or later (MKL uses half its width), else mkl."""
     cpuinfo = Path("/proc/cpuinfo")  # of Linux: vendor, family, instruction sets
     about = cpuinfo.read_text() if cpuinfo.exists() else ""
     family = re.search(r"AuthenticAMD\ncpu family\s*: (\d+)", about)

@@ -36,11 +36,10 @@ def make_envs(task: Task, count: int, args: Any, dataset: Dataset | None = None)
         is_file = dataset and args.dataset and not is_minari_id(args.dataset)
         if is_file and ((bounds.low != -1).any() or (bounds.high != 1).any()):
             there, (low, high) = f"{bounds.low.min():g} to {bounds.high.max():g}", args.action_bounds
-            says = f"in the file that is {low:g} to {high:g} (--action-bounds)"
-            print(f"{task.name} takes actions from {there}; {says}")
+            print(f"{task.name} takes actions from {there}; the file {low:g} to {high:g} (--action-bounds)")
         if env.spec and task.horizon != env.spec.max_episode_steps == LONGEST_EPISODE:
-            other = "--env-kwargs max_episode_steps=... sets another limit"
-            print(f"{task.name}: an episode is cut after {LONGEST_EPISODE:,} steps; {other}")
+            limit = f"{LONGEST_EPISODE:,} steps, or --env-kwargs max_episode_steps=..."
+            print(f"{task.name}: an episode is cut after {limit}")
     return envs
 
 

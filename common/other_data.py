@@ -1,7 +1,4 @@
-"""Transitions from elsewhere than D4RL: a user's HDF5 file, or a Minari id. Loaded only for those.
-
-Both are read as their maker means them, and checked; a file has D4RL's layout, units and flags its own.
-"""
+"""Transitions from elsewhere than D4RL: a user's HDF5 file in D4RL's layout, or a Minari id; both checked."""
 
 import json
 import os

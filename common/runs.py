@@ -28,8 +28,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import FORMAT
-from common.cli import UserError, check_bounds, sources_of
+from common.cli import FORMAT, UserError, check_bounds, sources_of
 from common.devices import matmul_library
 from common.scores import reference_returns, scored, show, summarize
 
@@ -68,10 +67,7 @@ def stop_if_asked() -> None:
 
 # === Files ===
 def write_atomically(path: Path, content: dict) -> None:
-    """Write JSON or, as .pt, tensors: the final name always has a whole file, also after a power cut.
-
-    UserError: the disk is full or not writable.
-    """
+    """Write JSON or, as .pt, tensors: a file of that name is always whole. UserError: the disk is full."""
     buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     if path.suffix == ".pt":
         torch.save(content, buffer)
@@ -217,9 +213,9 @@ class Run:
         self.checked_losses()
         returns, lengths = np.array(evaluation["returns"]), np.array(evaluation["lengths"])
         mean, spread = returns.mean().item(), returns.std().item()
-        evaluation = {"step": self.step} | evaluation | {"return_mean": mean, "return_std": spread}
-        evaluation["length_mean"] = lengths.mean().item()
-        evaluation["normalized_score"] = scored(mean, self.reference)["score"]
+        found = {"return_mean": mean, "return_std": spread, "length_mean": lengths.mean().item()}
+        found["normalized_score"] = scored(mean, self.reference)["score"]
+        evaluation = {"step": self.step} | evaluation | found
         self.results["evaluations"].append(evaluation)
         self.add_to_curves("eval", evaluation)
         if mean == max(each["return_mean"] for each in self.results["evaluations"]):
@@ -249,10 +245,7 @@ class Run:
 
     # --- Saving ---
     def save(self, name: str = "checkpoint.pt") -> None:
-        """Write the checkpoint, which is the truth, best.pt, and results.json, which people and tools read.
-
-        UserError: a loss is not finite, or the disk is full.
-        """
+        """Write checkpoint, best.pt and results.json. UserError: a loss is not finite, or the disk full."""
         losses, device = self.checked_losses(), self.agent.device
         about = {"format": FORMAT, "step": self.step, "total_steps": self.args.total_steps}
         about["finished"] = self.step == self.args.total_steps and not self.evaluation_due()

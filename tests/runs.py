@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.cli import parse_args, settings_for
-from common.runs import FORMAT
+from common.cli import FORMAT, parse_args, settings_for
 
 ROOT = Path(__file__).parent.parent
 TASK = "bandit-moons-v0"

@@ -191,7 +191,7 @@ def test_units_are_said_and_can_be_given(tmp_path, capsys):
     path = pendulum_file(tmp_path / "data.hdf5", np.full((10, 1), 0.9))
     make_env("Pendulum-v1", path)
     said = capsys.readouterr().out
-    assert "Pendulum-v1 takes actions from -2 to 2" in said and "-1 to 1 (--action-bounds)" in said
+    assert "Pendulum-v1 takes actions from -2 to 2; the file -1 to 1 (--action-bounds)" in said
     np.testing.assert_allclose(own(path, "Pendulum-v1", action_bounds=(-2, 2)).actions, 0.45)
     make_env("hopper-mini-v0", write(tmp_path / "hopper.hdf5"))
     assert "takes actions" not in capsys.readouterr().out

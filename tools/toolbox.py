@@ -18,8 +18,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import FORMAT  # noqa: E402
-from common.cli import UserError  # noqa: E402
+from common.cli import FORMAT, UserError  # noqa: E402
 from common.scores import normalized_score  # noqa: E402
 
 FORMATS = (2, FORMAT)  # of results.json: the recorded runs in docs/results are of the first
