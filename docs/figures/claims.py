@@ -12,7 +12,7 @@ import sys
 import tempfile
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -228,6 +228,7 @@ def dtql_speed(seeds):
     return speeds("antmaze-umaze-v0", 29, 8, commands)
 
 
+@cache
 def prepared(task: str, seed: int) -> nn.Module:
     """DTQL's denoiser and critics after their pretraining in a bandit."""
     changes = dict(pretrain_steps=3000, total_steps=1, batch_size=256, hidden_dims=(128, 128, 128))
@@ -293,9 +294,8 @@ def dtql_kl(seeds):
     pairs = [("8gaussians", 0.0), ("8gaussians", 0.05), ("swissroll", 0.0), ("swissroll", 0.05)]
     for column, (pattern, q_weight) in zip(panels.T, [*pairs, ("swissroll-far", 0.05)], strict=True):
         task = f"bandit-{pattern}-v0"
-        agents = {seed: prepared(task, seed) for seed in seeds}
         for panel, kind in zip(column, ("kl", "trust"), strict=True):
-            found = [one_step_policy(agents[seed], kind, seed, q_weight) for seed in seeds]
+            found = [one_step_policy(prepared(task, seed), kind, seed, q_weight) for seed in seeds]
             show(panel, task, f"{kind}, {pattern}{', Q' if q_weight else ''}", found)
     return figure
 
