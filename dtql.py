@@ -449,10 +449,10 @@ def train(args: Args) -> dict:
                 run.log_losses()  # losses/*: their means since the last time
             if run.evaluation_due():
                 run.log_evaluation(evaluate(agent, envs))  # eval/*; D11: how often
-            if run.reached(args.save_every):
-                run.save()  # agent, optimizers, random state, results
             if run.step == 0:  # what the pretraining has learned, optimizers included: D10
                 run.save("pretrained.pt")
+            if run.reached(args.save_every):
+                run.save()  # agent, optimizers, random state, results
     return run.results
 
 
