@@ -4,7 +4,6 @@ device = use_device("auto", num_threads=1, matmul_precision="highest")
 """
 
 import ctypes
-import os
 import platform
 import re
 from collections.abc import Callable, Iterator
@@ -18,12 +17,6 @@ from torch import Tensor
 from common.cli import UserError
 
 Update = Callable[[], dict[str, Tensor]]  # one gradient step; its losses
-
-
-def default_threads() -> int:
-    """OMP_NUM_THREADS where it is a number, else 1: the networks are too small to gain from more."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, int(given)) if given.isdigit() else 1
 
 
 def use_device(name: str, num_threads: int, matmul_precision: str) -> torch.device:

@@ -11,10 +11,10 @@ import torch
 from runs import AGENTS, load_script, train
 from tensorboard.summary.writer import event_file_writer
 
-from common.devices import default_threads, use_device
+from common.devices import use_device
 
 # As in a run, also in tests that make none; "medium" takes the products of oneDNN, where .ci/run asks for it.
-use_device("cpu", default_threads(), os.environ.get("MATMUL_PRECISION", "highest"))
+use_device("cpu", int(os.environ.get("OMP_NUM_THREADS", 1)), os.environ.get("MATMUL_PRECISION", "highest"))
 
 # Files of one second are read in the order of their names, which end with this: .10 would come before .9.
 event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)

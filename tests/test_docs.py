@@ -7,11 +7,12 @@ from pathlib import Path
 
 import benchmark
 import pytest
+import results
 import tyro
 from runs import ROOT
 
 import toolbox
-from common.cli import check_bounds, parse_args
+from common.cli import UserError, check_bounds, parse_args
 from common.tasks import find_task
 
 README = ROOT / "README.md"
@@ -93,7 +94,7 @@ def test_commands_parse(command):
 
 
 # === Recorded runs ===
-@pytest.mark.parametrize(("page", "robot"), [("hopper.md", "hopper"), ("README.md", "halfcheetah")])
+@pytest.mark.parametrize(("page", "robot"), [("hopper.md", "hopper"), ("halfcheetah.md", "halfcheetah")])
 def test_the_table_of_long_runs_is_that_of_their_results(page, robot):
     page = ROOT / "docs" / "results" / page
     [text] = re.findall(r"^(\| recording \| run \|.*?)\n\n", page.read_text(), re.M | re.S)
@@ -115,26 +116,20 @@ def test_the_table_of_long_runs_is_that_of_their_results(page, robot):
     assert len(linked) == len(rows)
 
 
-def scores_of(folder, name):
-    """All scores of docs/results/<folder>/<name>__<seed>, for every seed there is."""
-    runs = sorted((ROOT / "docs" / "results" / folder).glob(f"{name}__[0-9]"))
-    return [list(toolbox.read_run(run).evaluations.values()) for run in runs]
-
-
-def test_the_table_of_hopper_mini_is_that_of_its_results():
-    page = (ROOT / "docs" / "results" / "README.md").read_text()
-    rows = re.findall(r"^\| `(\w+)\.py` \| [\d,]+ \| ([-\d., ]+ \| [-\d.]+) \| (.*) \|$", page, re.M)
-    means = {}
-    for name, own, cloning in rows:
-        for cells, run in [(own, name), (cloning, f"{name}__cloning")]:
-            finals = [scores[-1] for scores in scores_of("mini", run)]
-            if finals:
-                means[run] = f"{sum(finals) / 3:.1f}"
-                assert cells == f"{', '.join(f'{score:.1f}' for score in finals)} | {means[run]}", run
-            else:
-                assert cells == "as `edp_td3.py` | "
+def test_the_tables_of_scores_are_those_of_the_runs():
+    folder = ROOT / "docs" / "results"
+    assert "\n".join(results.table(folder)) in (folder / "README.md").read_text()
     table = re.findall(r"^\| `(\w+)\.py` \|.*\| ([\d.]+) \| \[page\]", README.read_text(), re.M)
-    assert dict(table) == {name: mean for name, mean in means.items() if not name.endswith("__cloning")}
+    runs = results.find(folder, "mini/")
+    assert dict(table) == {name: f"{runs[name][1][-1].mean():.1f}" for name in results.LINES}
+
+
+def test_figures_of_scores(tmp_path):
+    for panel in (results.bars, results.curves):
+        results.draw(tmp_path / "a.png", ROOT / "docs" / "results", results.PANELS, panel, rows=2)
+        assert (tmp_path / "a.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match="there is no run"):
+        results.main(results.Args(tmp_path))
 
 
 # === Links ===
