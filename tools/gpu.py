@@ -129,8 +129,9 @@ def main() -> None:
     """Check and compile at the same time; then measure script by script, and print the table."""
     ends, cores = time.monotonic() + LIMIT, os.cpu_count() or 1
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, cores // len(COMMANDS)))
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = f"PyTorch {torch.__version__}, Python {platform.python_version()}"
-    print(f"{speed.processor()}, {cores} cores, {versions}", flush=True)
+    print(f"{name}, {cores} cores, {versions}", flush=True)
     checks = start_checks()
     compiling = Workers({name: command(name, WAYS["compiled"]) for name in COMMANDS}, ends - FOR_SPEED)
     try:

@@ -14,8 +14,6 @@ import inspect
 import json
 import math
 import os
-import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -34,6 +32,8 @@ import tyro
 import toolbox
 from common.cli import Positive, UserError, check_bounds, parse_args, run_command
 from common.devices import cuda_graphed, use_device
+
+TRANSITIONS = 100_000  # random ones
 
 
 # === What a process measures ===
@@ -62,22 +62,20 @@ def kernel_seconds(call):
     with torch.profiler.profile() as profile:
         for _ in range(10):
             call()
-    on, name = (
-        ("CUDA", "self_device_time_total") if torch.cuda.is_available() else ("CPU", "self_cpu_time_total")
-    )
+    on, of = ("CUDA", "device") if torch.cuda.is_available() else ("CPU", "cpu")
     events = [event for event in profile.key_averages() if event.device_type.name == on]
-    return sum(getattr(event, name) for event in events) / 10 / 1e6  # from microseconds in ten calls
+    return sum(getattr(event, f"self_{of}_time_total") for event in events) / 10 / 1e6  # of microseconds
 
 
 # The process imports the speed.py of the script's own checkout, which may be an older one.
 WORKER = f"""
 import math, sys, time, speed, torch
 {"".join(map(inspect.getsource, (first_losses, calls_per_second, kernel_seconds)))}
-command, *sizes = sys.argv[1:]
-sizes = dict(zip(("obs_dim", "action_dim", "transitions"), map(int, sizes)))
+command, obs_dim, action_dim = sys.argv[1:]
 sys.argv[0] = command
 try:
-    train, act = speed.prepare(command, speed.Args([command], **sizes))
+    args = speed.Args([command], obs_dim=int(obs_dim), action_dim=int(action_dim))
+    train, act = speed.prepare(command, args)
     for question in sys.stdin:
         print(eval(question), flush=True)
 except Exception as error:
@@ -95,7 +93,6 @@ class Args:
     seconds: Positive[float] = 2.0  # time per script and round for training, and again for acting
     obs_dim: Positive[int] = 11  # size of the random observations
     action_dim: Positive[int] = 3  # size of the random actions
-    transitions: Positive[int] = 100_000  # number of random transitions
 
 
 def prepare(command: str, args: Args) -> tuple[Callable, Callable]:
@@ -108,16 +105,14 @@ def prepare(command: str, args: Args) -> tuple[Callable, Callable]:
     torch.manual_seed(script_args.seed)
     agent = toolbox.agent_class(script)(args.obs_dim, args.action_dim, script_args, device)
     sizes = {"obs": [args.obs_dim], "action": [args.action_dim], "next_obs": [args.obs_dim]}
-    columns = [
-        torch.rand(args.transitions, *sizes.get(name, []), device=device) for name in script.Batch._fields
-    ]
+    columns = [torch.rand(TRANSITIONS, *sizes.get(name, []), device=device) for name in script.Batch._fields]
     data = script.Batch(*(2 * column - 1 for column in columns))
     data = data._replace(terminal=torch.zeros_like(data.reward))
     if script_args.compile:
         for name in [name for name in dir(agent) if name.endswith("_loss")]:  # train() names them one by one
             setattr(agent, name, torch.compile(getattr(agent, name)))
     update = cuda_graphed(partial(agent.update, data), device, script_args.cuda_graph)
-    state, steps = torch.zeros(1, args.obs_dim), cycle(range(args.transitions))  # QVPO's, as a buffer fills
+    state, steps = torch.zeros(1, args.obs_dim), cycle(range(TRANSITIONS))  # QVPO's, as a buffer fills
 
     def train() -> dict[str, torch.Tensor]:
         agent.set_step(next(steps))
@@ -134,8 +129,8 @@ def start(command: str, args: Args) -> subprocess.Popen:
     root = toolbox.ROOT if path.name == script else path.resolve().parent
     if not (root / "tools" / "speed.py").exists():
         raise UserError(f"{root} has no tools/speed.py: it is no checkout of this project")
-    sizes = map(str, [args.obs_dim, args.action_dim, args.transitions])
-    worker = [sys.executable, "-P", "-c", WORKER, shlex.join([path.name, *words]), *sizes]
+    worker = [sys.executable, "-P", "-c", WORKER, shlex.join([path.name, *words])]
+    worker += [str(args.obs_dim), str(args.action_dim)]
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # an older script's default
     environment["PYTHONPATH"] = os.pathsep.join([str(root / "tools"), str(root)])
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -166,15 +161,6 @@ def measure(args: Args) -> list[list[list[float]]]:
             process.kill()
 
 
-def processor() -> str:
-    """The GPU, or vendor and model of the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    about = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    found = re.findall(r"^(?:vendor_id|model name)\s*: (.+)", about, re.M)
-    return " ".join(found[:2]) or platform.processor()
-
-
 def main(args: Args) -> None:
     """Print a table of the commands, or what gpu.py finds. UserError: there is no GPU, or no command."""
     if args.gpu and not torch.cuda.is_available():
@@ -186,7 +172,7 @@ def main(args: Args) -> None:
 
         return gpu.main()
     rounds = measure(args)
-    print(f"{processor()}; {args.rounds} rounds of {args.seconds:g} s\n")
+    print(f"{args.rounds} rounds of {args.seconds:g} s\n")
     rows = []
     for i, command in enumerate(args.commands):
         cells = []
