@@ -164,7 +164,7 @@ def test_checkpoints_that_cannot_be_used(change, message, finished, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"video": evaluate.Path("line.gif")}, "--video line.gif is not a .mp4 file in a folder"),
+        ({"video": evaluate.Path("line.gif")}, "--video line.gif is not a .mp4 or .png file in a folder"),
         ({"device": "tpu"}, "--device tpu is not available"),
     ],
 )

@@ -3,7 +3,8 @@
     python tools/evaluate.py runs/hopper-mini-v0__dac__0__20261121-...          # the run's last policy
     python tools/evaluate.py runs/<run> --best                                  # that of its best evaluation
     python tools/evaluate.py runs/<run> --episodes 10 --first-seed 10000        # as the run itself evaluated
-    python tools/evaluate.py runs/<run> --video hopper.mp4                      # and one more as a film
+    python tools/evaluate.py runs/<run> --video hopper.mp4                      # one episode as a film
+    python tools/evaluate.py runs/<run> --video hopper.png                      # or as a strip of pictures
     python tools/evaluate.py runs/<run> -- --num-action-samples 50              # acting in another way
 
 Script, arguments and task are read from the checkpoint. The evaluation is the script's own evaluate().
@@ -49,7 +50,7 @@ class Args:
     env_kwargs: tuple[str, ...] = ()  # replace the run's own, one by one: max_episode_steps=500
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
     num_threads: Threads[int] = 1  # threads on a CPU
-    video: Path | None = None  # write a film of one more episode to this file, .mp4
+    video: Path | None = None  # write a film of one more episode to this file, .mp4 or (eight frames) .png
 
 
 def describe(values: np.ndarray) -> str:
@@ -98,13 +99,19 @@ def follow(renderer) -> None:
 
 
 def film(path: Path, play: Callable, env: gym.Env) -> str:
-    """Play one episode and write it as a film; returns what to say of it."""
-    part, fps = path.with_name(f".{path.stem}.part.mp4"), env.metadata.get("render_fps", 30)
+    """Play one episode and write it, as a film or as eight frames; returns what to say of it."""
+    part, frames = path.with_name(f".{path.stem}.part{path.suffix}"), []
     try:
-        with imageio.get_writer(part, fps=fps, macro_block_size=2) as video:
-            episode = play([Filmed(env, video.append_data)])
-        if count_frames_and_secs(part)[0] != episode["lengths"][0]:  # as on a full disk
-            raise OSError("the file is incomplete")
+        if path.suffix == ".png":
+            episode = play([Filmed(env, lambda frame: frames.append(frame[::3, ::3]))])
+            shown = np.linspace(0, len(frames) - 1, 8).astype(int)
+            imageio.imwrite(part, np.hstack([frames[i] for i in shown]))
+        else:
+            fps = env.metadata.get("render_fps", 30)
+            with imageio.get_writer(part, fps=fps, macro_block_size=2) as video:
+                episode = play([Filmed(env, video.append_data)])
+            if count_frames_and_secs(part)[0] != episode["lengths"][0]:  # as on a full disk
+                raise OSError("the file is incomplete")
         part.replace(path)
     except OSError as error:
         raise UserError(f"--video: cannot write {path}: {str(error).splitlines()[0]}") from error
@@ -126,8 +133,8 @@ def evaluate(script: ModuleType, agent: nn.Module, first_seed: int, envs: list[g
 def main(args: Args, words: Sequence[str] = ()) -> dict:
     """Score and film a policy that acts as words ask for; returns the script's evaluation."""
     video, path, last = args.video, args.checkpoint, args.first_seed + args.episodes - 1
-    if video and (video.suffix != ".mp4" or not os.access(video.parent, os.W_OK)):
-        raise UserError(f"--video {video} is not a .mp4 file in a folder that can be written")
+    if video and (video.suffix not in (".mp4", ".png") or not os.access(video.parent, os.W_OK)):
+        raise UserError(f"--video {video} is not a .mp4 or .png file in a folder that can be written")
     if args.best:
         path = (path if path.is_dir() else path.parent) / "best.pt"
     checkpoint = load_checkpoint(path)
