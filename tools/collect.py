@@ -126,34 +126,28 @@ class Snapshots(BaseCallback):
         super().__init__()
         self.env, self.args = env, args
         self.actors, self.returns = {}, {}  # by step
-        self.bar = tqdm(desc="SAC", total=args.total_steps, dynamic_ncols=True, disable=None)
 
     def _on_step(self) -> bool:
-        self.bar.update()
         step, args = self.num_timesteps, self.args
         if step % args.eval_every == 0 or step == args.total_steps:
             self.actors[step] = deepcopy(self.model.actor.state_dict())
             seeds = range(EVAL_SEED, EVAL_SEED + args.eval_episodes)
             with torch.random.fork_rng():
                 self.returns[step] = mean_return([play(self.env, policy(self.model), each) for each in seeds])
-            self.bar.write(f"step {step:,}: return {self.returns[step]:.5g}")
+            print(f"step {step:,} of {args.total_steps:,}: return {self.returns[step]:.5g}")
         return True
 
 
 def train(env: gym.Env, eval_env: gym.Env, args: Args) -> tuple[SAC, Snapshots]:
-    """SAC after total_steps in env, and what was kept on the way. UserError: it cannot be made."""
+    """SAC after total_steps in env, and what was kept on the way."""
     options = {"policy_kwargs": {"net_arch": list(args.hidden_dims)}, "seed": args.seed}
     options |= {"buffer_size": args.total_steps}  # all of it is kept, for medium-replay
     options |= {name: getattr(args, name) for name in ("learning_rate", "batch_size", "gamma")}
-    try:
-        device = use_device(args.device, args.num_threads, "highest")
-        model = SAC("MlpPolicy", env, device=device, learning_starts=args.learning_starts, **options)
-    except (MemoryError, RuntimeError, ValueError) as error:  # sizes or seeds that it does not take
-        raise UserError(f"SAC cannot be made with these arguments: {str(error).splitlines()[0]}") from error
+    device = use_device(args.device, args.num_threads, "highest")
+    model = SAC("MlpPolicy", env, device=device, learning_starts=args.learning_starts, **options)
     model.set_logger(Logger(None, []))
     snapshots = Snapshots(eval_env, args)
-    with snapshots.bar:
-        model.learn(args.total_steps, callback=snapshots)
+    model.learn(args.total_steps, callback=snapshots)
     return model, snapshots
 
 
