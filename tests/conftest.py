@@ -2,9 +2,10 @@
 
 import os
 import signal
+import sys
 from functools import cache
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, also in the processes that they start
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CHECKED_GPU", "")  # of gpu.py; else none, in no process
 
 import pytest
 import torch
@@ -23,6 +24,19 @@ event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 # the terminal session, also by what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def golden_checks_on_the_device(request, monkeypatch):
+    """What the checks make is made there, and compared on the host."""
+    if not os.environ.get("CHECKED_GPU") or "check" not in request.fixturenames:
+        yield
+        return
+    numpy, module = torch.Tensor.numpy, sys.modules[request.getfixturevalue("check").__module__]
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: numpy(tensor.cpu()))
+    monkeypatch.setattr(module, "CPU", torch.device("cuda"), raising=False)
+    with torch.device("cuda"):
+        yield
 
 
 @pytest.fixture(scope="session", params=AGENTS)

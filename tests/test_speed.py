@@ -1,17 +1,13 @@
 """tools/speed.py and gpu.py: that they measure what was asked for and say so, not how fast anything is."""
 
-import json
-import re
 import shutil
 import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import gpu
-import numpy as np
 import pytest
 import speed
+import torch
 from runs import finish, python
 
 import toolbox
@@ -82,88 +78,40 @@ def test_nothing_to_measure(args, message):
 # --- All of a GPU, on a CPU ---
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """Two tiny scripts in this process. compiled: other networks; both: a mistake, as all of the second."""
+    """One tiny script. compiled has other networks, both is a mistake."""
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "COMMANDS", {"dac": f"{TINY} 2", "diffusion_ql": "--nonsense"})
+    monkeypatch.setattr(gpu, "SECONDS", 0.01)
+    monkeypatch.setattr(gpu, "COMMANDS", {"dac": f"{TINY} 2"})
     changes = {"compiled": "--hidden-dims 9 9 --no-cuda-graph", "both": "--num-qs 0"}
     monkeypatch.setattr(gpu, "WAYS", gpu.WAYS | changes)
-    monkeypatch.setattr(
-        gpu, "QUESTIONS", {what: each.replace("1)", "0.01)") for what, each in gpu.QUESTIONS.items()}
-    )
-    monkeypatch.setattr(
-        gpu, "start_checks", lambda: subprocess.Popen([sys.executable, "-c", "print('checked')"])
-    )
-
-    def start(command, args):
-        try:
-            train, act = speed.prepare(command, speed.Args())
-            losses = speed.first_losses(train)
-        except (UserError, SystemExit):
-            train = act = losses = None
-        return SimpleNamespace(train=train, act=act, losses=losses, kill=lambda: None)
-
-    def ask(process, question):
-        if not process.train:
-            sys.exit(2)
-        return process.losses if "losses" in question else eval(question, vars(speed) | vars(process))
-
-    monkeypatch.setattr(speed, "start", start)
-    monkeypatch.setattr(speed, "ask", ask)
 
 
-def test_gpu_table(on_cpu, capfd):
-    """What fails is a gap in the table, and stops nothing else; losses that differ are said."""
-    gpu.main()
-    out, err = capfd.readouterr()
-    rows = rows_of(out)
-    header, found, failed = rows["script"], rows["dac"], rows["diffusion_ql"]
-    cells = dict(zip(header, found, strict=True))
-    missing = {name for name, cell in cells.items() if cell == "-"}
-    assert missing == {"both, steps/s", "losses off by, both"} and set(failed) == {"-"}
-    assert cells["losses off by, graphed"] == "0" and float(cells["losses off by, compiled"]) > 0.01
-    assert err.count("error: dac, compiled: the losses of the first steps are off by 0.") == 1
-    assert all(
-        float(cell) > 0 for name, cell in cells.items() if name not in missing | {"losses off by, graphed"}
-    )
-    assert 0.2 < float(cells["in kernels, eager"]) < 3
-    assert out.startswith("no GPU, ") and "checked\n" in out
-    assert out.endswith("after an error: diffusion_ql compiled\n")
+def test_row_of_the_gpu_table(on_cpu, monkeypatch, capsys):
+    """What fails is a gap, and stops nothing else; losses that differ are said."""
+    monkeypatch.setattr(speed, "start", lambda command, args: SimpleNamespace(kill=lambda: None))
+    monkeypatch.setattr(speed, "rate", lambda process, which: 2.0)
+    found = gpu.measure("dac", list(gpu.WAYS))
+    assert set(gpu.COLUMNS) - found.keys() == {"both", "losses off by, both"}
+    assert found["losses off by, graphed"] == 0 and found["losses off by, compiled"] > 0.01
+    assert found["five seeds / one"] == 10 / found["graphed"] and 0.2 < found["in kernels, eager"] < 3
+    wrong, mistake = capsys.readouterr().err.splitlines()
+    assert wrong.startswith("error: dac, compiled: the first losses are off by 0.")
+    assert mistake.startswith("error: dac, both: --num-qs is 0; it must be")
 
 
 def test_gpu_without_time(on_cpu, monkeypatch, capfd):
     """It says what is missing."""
     monkeypatch.setattr(gpu, "LIMIT", 0)
-    monkeypatch.setattr(gpu, "measure", lambda *args: pytest.fail("it measures"))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(gpu, "start_checks", lambda: python("-c", "input()", stdin=subprocess.PIPE))
     gpu.main()
-    assert capfd.readouterr().out.endswith("dac, diffusion_ql\n")
-
-
-def test_a_process_that_is_late(monkeypatch):
-    """It is killed, and the others have their answers."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    start = lambda command, args: subprocess.Popen([sys.executable, "-c", command], **pipes)  # noqa: E731
-    monkeypatch.setattr(speed, "start", start)
-    late = "import time; time.sleep(300)"
-    workers = gpu.Workers({"late": late, "good": "print(input() and 5)"}, time.monotonic() + 1)
-    workers.ask("losses", "good", "late")
-    assert workers.answers["good", "losses"] == 5 and np.isnan(workers.answers["late", "losses"])
-    assert workers.processes["late"].wait() < 0
-
-
-def test_gpu_checks(tmp_path, monkeypatch, capfd):
-    """Golden numbers, one of them changed, and a resumed run."""
-    golden = json.loads((toolbox.ROOT / "tests/golden/dql_a.json").read_text())
-    golden["forward"]["q1"][0] += 0.01
-    (tmp_path / "dql_b.json").write_text(json.dumps(golden))
-    monkeypatch.setenv("GOLDEN_DIR", str(tmp_path))
-    monkeypatch.setenv("CHECKED_DEVICE", "cpu")
-    monkeypatch.setattr(
-        gpu, "CHECKS", [*gpu.CHECKS, "-k", "dql and single-check_forward or test_resume and dtql"]
-    )
-    assert gpu.start_checks().wait() == 1
     out = capfd.readouterr().out
-    assert re.search(
-        r"^FAILED .*dql_b-single-check_forward\] - AssertionError: q1: off by \S+, allowed", out, re.M
-    )
-    assert "1 failed, 2 passed" in out
+    assert out.startswith("a GPU, PyTorch ") and "| script, steps/s | eager | graphed |" in out
+    assert out.endswith(": dac in the first part, checks in the first part, dac\n")
+
+
+def test_gpu_checks(monkeypatch, capfd):
+    """Golden numbers and a resumed run."""
+    monkeypatch.setattr(gpu, "CHOSEN", "dql_a-single-check_forward or every_script_is_stopped and dtql")
+    assert gpu.start_checks().wait() == 0
+    assert "2 passed" in capfd.readouterr().out

@@ -11,8 +11,6 @@ are not counted. A policy call is act() for one state, from and to the host, as 
 """
 
 import inspect
-import json
-import math
 import os
 import shlex
 import subprocess
@@ -36,14 +34,6 @@ from common.devices import cuda_graphed, use_device
 TRANSITIONS = 100_000  # random ones
 
 
-# === What a process measures ===
-def first_losses(train):
-    """All losses of eight steps; on a GPU the fourth is captured. AssertionError: one is not finite."""
-    losses = [loss.item() for _ in range(8) for loss in (train() or {}).values()]
-    assert all(map(math.isfinite, losses)), "a loss is not finite"
-    return losses
-
-
 def calls_per_second(call, seconds):
     """Call it for so many seconds, and at least five times."""
     call()
@@ -57,27 +47,18 @@ def calls_per_second(call, seconds):
     return count / passed
 
 
-def kernel_seconds(call):
-    """What a call takes in kernels, or on a CPU in operators, by PyTorch's profiler."""
-    with torch.profiler.profile() as profile:
-        for _ in range(10):
-            call()
-    on, of = ("CUDA", "device") if torch.cuda.is_available() else ("CPU", "cpu")
-    events = [event for event in profile.key_averages() if event.device_type.name == on]
-    return sum(getattr(event, f"self_{of}_time_total") for event in events) / 10 / 1e6  # of microseconds
-
-
 # The process imports the speed.py of the script's own checkout, which may be an older one.
 WORKER = f"""
-import math, sys, time, speed, torch
-{"".join(map(inspect.getsource, (first_losses, calls_per_second, kernel_seconds)))}
-command, obs_dim, action_dim = sys.argv[1:]
+import sys, time, speed, torch
+{inspect.getsource(calls_per_second)}
+command, seconds, obs_dim, action_dim = sys.argv[1:]
 sys.argv[0] = command
 try:
-    args = speed.Args([command], obs_dim=int(obs_dim), action_dim=int(action_dim))
-    train, act = speed.prepare(command, args)
-    for question in sys.stdin:
-        print(eval(question), flush=True)
+    calls = speed.prepare(command, speed.Args([command], obs_dim=int(obs_dim), action_dim=int(action_dim)))
+    for _ in range(8):
+        calls[0]()
+    for which in sys.stdin:
+        print(calls_per_second(calls[int(which)], float(seconds)), flush=True)
 except Exception as error:
     sys.exit(f"error: {{command}}: {{' '.join(str(error).split())[:300]}}")
 """
@@ -121,7 +102,6 @@ def prepare(command: str, args: Args) -> tuple[Callable, Callable]:
     return train, lambda: agent.act(state.to(device)).cpu()
 
 
-# === Processes ===
 def start(command: str, args: Args) -> subprocess.Popen:
     """The process of one script, of this checkout or, if the script is a path, of the one it lies in."""
     script, *words = shlex.split(command) or [""]
@@ -130,32 +110,29 @@ def start(command: str, args: Args) -> subprocess.Popen:
     if not (root / "tools" / "speed.py").exists():
         raise UserError(f"{root} has no tools/speed.py: it is no checkout of this project")
     worker = [sys.executable, "-P", "-c", WORKER, shlex.join([path.name, *words])]
-    worker += [str(args.obs_dim), str(args.action_dim)]
+    worker += map(str, (args.seconds, args.obs_dim, args.action_dim))
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # an older script's default
     environment["PYTHONPATH"] = os.pathsep.join([str(root / "tools"), str(root)])
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen(worker, env=os.environ | environment, **streams)
 
 
-def ask(process: subprocess.Popen, question: str) -> float | list[float]:
-    """What a process answers. SystemExit: it has ended, and has said why."""
+def rate(process: subprocess.Popen, which: int) -> float:
+    """Calls per second, of training (0) or acting (1). SystemExit: the process has ended, and said why."""
     try:
-        print(question, file=process.stdin, flush=True)
-        return json.loads(process.stdout.readline())
+        print(which, file=process.stdin, flush=True)
+        return float(process.stdout.readline())
     except (OSError, ValueError):
         sys.exit(2)
 
 
 def measure(args: Args) -> list[list[list[float]]]:
     """[round][script][0 for training, 1 for acting]: calls per second."""
-    processes, questions = [], [f"calls_per_second({each}, {args.seconds})" for each in ("train", "act")]
+    processes = []
     try:
         for command in args.commands:
             processes.append(start(command, args))
-        for process in processes:
-            ask(process, "first_losses(train)")
-        rounds = range(args.rounds)
-        return [[[ask(each, which) for which in questions] for each in processes] for _ in rounds]
+        return [[[rate(each, 0), rate(each, 1)] for each in processes] for _ in range(args.rounds)]
     finally:
         for process in processes:
             process.kill()
