@@ -37,7 +37,6 @@ from minari.storage import get_dataset_path
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from tqdm import tqdm
 
 import toolbox
 from common.cli import NonNegative, Positive, Threads, UnitInterval, UserError, run_command
@@ -162,12 +161,10 @@ def medium_step(returns: dict[int, float], goal: float) -> int:
 def record(env: gym.Env, act: Callable, kind: str, args: Args) -> list[EpisodeBuffer]:
     """Play until there are enough transitions; each episode has a seed of its own."""
     episodes, count = [], 0
-    with tqdm(desc=kind, total=args.transitions, dynamic_ncols=True, disable=None) as bar:
-        while count < args.transitions:
-            seed = np.random.SeedSequence([args.seed, KINDS.index(kind), len(episodes)])
-            episodes.append(play(env, act, int(seed.generate_state(1)[0]) // 2))
-            count += len(episodes[-1].rewards)
-            bar.update(len(episodes[-1].rewards))
+    while count < args.transitions:
+        seed = np.random.SeedSequence([args.seed, KINDS.index(kind), len(episodes)])
+        episodes.append(play(env, act, int(seed.generate_state(1)[0]) // 2))
+        count += len(episodes[-1].rewards)
     return episodes
 
 

@@ -80,7 +80,10 @@ def make_rendered_env(args) -> gym.Env:
     env = make_env(find_task(args.env_id), args, render_mode="rgb_array")
     try:
         if renderer := getattr(env.unwrapped, "mujoco_renderer", None):
-            follow(renderer)
+            import mujoco  # not before it draws: the import fails where MUJOCO_GL names what is not there
+
+            camera = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")  # it follows
+            renderer.camera_id = camera if camera >= 0 else renderer.camera_id
         env.reset(seed=0)
         if not isinstance(env.render(), np.ndarray):
             raise TypeError("it has no rgb_array rendering")
@@ -88,14 +91,6 @@ def make_rendered_env(args) -> gym.Env:
         reason = f"{args.env_id} cannot be drawn here: {error or type(error)}"
         raise UserError(f"--video: {reason}; {OPENGL}") from error
     return env
-
-
-def follow(renderer) -> None:
-    """Use the camera that follows a MuJoCo robot, if it has one; Gymnasium 1.4 takes one that stays."""
-    import mujoco  # not before it is drawn: the import fails where MUJOCO_GL names what is not there
-
-    camera = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
-    renderer.camera_id = camera if camera >= 0 else renderer.camera_id
 
 
 def film(path: Path, play: Callable, env: gym.Env) -> str:

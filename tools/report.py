@@ -20,24 +20,13 @@ from common.cli import UserError, run_command
 from toolbox import RecordedRun, interval
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_scores.json").read_text())
-VERSIONS = ("code", "torch", "mujoco", "gymnasium", "numpy", "python")
 MARKERS = ("", "o", "s", "^", "v", "D", "x")  # tell the groups of one script apart, which share its colour
 ABOUT_SCORES = """
-The normalized score (0 random, 100 expert) by the reference returns of D4RL or of a Minari dataset; the
-return where a task has none. In brackets 95 % bootstrap intervals over the seeds; of two or three seeds that
-is their range.
-
-- *last ten*: mean of the last ten evaluations (RAT), or of all if there are fewer, as *averaged* says
-- *oracle*: the best evaluation of the training (OMS), chosen by the score itself, so not what one would get
-- *published*: by others, and in brackets how; a task is named there if it is another version of this one
-- *data*: the mean episode of the training data; *steps* and *hours*: of each run, with its evaluations
-
-All evaluations have the same few starts, by which *oracle* is chosen, too. A score to publish is that of
-`tools/evaluate.py`, on starts that no training evaluated on.
-"""
-ABOUT_PUBLISHED = """
-Numbers of others, none measured here. Compare them only on the same version of a task, with the same steps,
-evaluations and episodes: *RAT* with *last ten*, *OMS* with *oracle*, *final* with the end of a curve.
+The normalized score (0 random, 100 expert), or the return where a task has none. In brackets 95 % bootstrap
+intervals over the seeds; of two or three seeds that is their range. *last ten*: mean of the last ten
+evaluations (RAT), or of all if there are fewer, as *averaged* says. *oracle*: the best one (OMS), chosen by
+the score itself. *published*: by others, and how; none was measured here. *data*: its mean episode.
+All evaluations have the same few starts; a score to publish is that of `tools/evaluate.py`, on fresh ones.
 """
 ABOUT_CURVES = """
 Thick: mean over the seeds; shaded: its 95 % bootstrap interval; thin: each seed; dashed: the data's mean.
@@ -158,26 +147,18 @@ def number(value: float | None, unit: str = "score", ends: tuple | None = None) 
     return f"{text} [{number(ends[0], unit)}, {number(ends[1], unit)}]" if ends else text
 
 
-def is_of(task: str, group: Group) -> bool:
-    """Whether a published task is that of the group, or another version of it.
-
-    Not where the data is not the task's own, and not in Gymnasium's -v5, which are other environments.
-    """
-    env_id = group.one.args["env_id"]
-    if group.settings.get("dataset") or env_id.endswith("-v5"):
-        return False
-    return task.rpartition("-v")[0] == env_id.rpartition("-v")[0]
-
-
 def published(group: Group) -> list[tuple[str, str]]:
     """(what is said of a score, its source) for the published scores of the algorithm in the task.
 
-    Those of another version of the task name it: pen-human-v0 beside pen-human-v1.
+    Those of another version of the task name it: pen-human-v0 beside pen-human-v1. There are none for other
+    data, and none for Gymnasium's -v5, which are other environments.
     """
-    found = []
-    for each in PUBLISHED["tables"]:
+    found, env_id = [], group.one.args["env_id"]
+    if group.settings.get("dataset") or env_id.endswith("-v5"):
+        return []
+    for each in [each for each in PUBLISHED["tables"] if each["algorithm"] == group.one.script]:
         for task, score in each["scores"].items():
-            if each["algorithm"] == group.one.script and is_of(task, group):
+            if task.rpartition("-v")[0] == env_id.rpartition("-v")[0]:
                 where = "" if task == group.task else f", {task}"
                 found.append((f"{score:g} ({each['metric']}{where})", each["source"]))
     return found
@@ -202,30 +183,22 @@ def score_row(group: Group) -> list[str]:
     ]
 
 
-def num_seeds(groups: list[Group]) -> str:
-    """How many seeds each of the groups has: 3, or 2-5."""
-    counts = [len(group.runs) for group in groups]
-    return f"{min(counts)}-{max(counts)}" if len(set(counts)) > 1 else str(counts[0])
-
-
 def write_report(groups: list[Group], problems: list[str], folders: list[str]) -> str:
     """The text of report.md."""
     runs = [run for group in groups for run in group.runs.values()]
     tasks, scripts = {group.task for group in groups}, {group.one.script for group in groups}
     counts = f"{len(runs)} runs of {len(scripts)} scripts on {len(tasks)} tasks"
     hours = sum(run.hours for run in runs)
-    configs = [{"code": run.config.get("git_commit")} | run.config for run in runs]  # of format 2, of 3
-    found = {name: sorted({str(config.get(name)) for config in configs}) for name in VERSIONS}
-    versions = "; ".join(f"{name} {', '.join(values)}" for name, values in found.items())
-    lines = ["# Report", "", f"{counts} in {', '.join(folders)}: {hours:.2g} hours.", ""]
-    lines += [f"Versions: {versions}.", "", "## Problems", ""]
+    code = ", ".join(sorted({str(run.config["code"]) for run in runs}))
+    lines = ["# Report", "", f"{counts} in {', '.join(folders)}: {hours:.2g} hours, with the code of {code}."]
+    lines += ["", "## Problems", ""]
     lines += [f"- {problem}" for problem in problems] or ["None: every run counts, no seed is missing."]
     header = ["task", "algorithm", "seeds", "last ten", "averaged", "oracle", "published", "data"]
     rows = [score_row(group) for group in groups]
     lines += ["", "## Scores", ABOUT_SCORES, *toolbox.table([*header, "steps", "hours"], rows)]
     lines += ["", "## Learning curves", ABOUT_CURVES]
     if sources := sorted({f"- {source}" for group in groups for _, source in published(group)}):
-        lines += ["## Published scores", ABOUT_PUBLISHED, *sources]
+        lines += ["## Published scores", "", *sources]
     return "\n".join(lines) + "\n"
 
 
@@ -259,12 +232,10 @@ def draw(groups: list[Group]):
         ax.locator_params(axis="x", nbins=6)
         ax.set(xlabel="steps", ylabel="normalized score" if members[0].one.unit == "score" else "return")
         ax.grid(alpha=0.3)
-    names = [
-        f"{label}, n = {num_seeds([each for each in groups if each.label == label])}" for label in labels
-    ]
-    figure.legend(
-        [lines[each] for each in labels], names, loc="outside lower center", ncols=across, fontsize=9
-    )
+    seeds = {label: sorted({len(each.runs) for each in groups if each.label == label}) for label in labels}
+    names = [f"{label}, n = {', '.join(map(str, counts))}" for label, counts in seeds.items()]
+    place = {"loc": "outside lower center", "ncols": across, "fontsize": 9}
+    figure.legend([lines[each] for each in labels], names, **place)
     return figure
 
 

@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT))
 from common.cli import FORMAT, UserError  # noqa: E402
 from common.scores import normalized_score  # noqa: E402
 
-FORMATS = (2, FORMAT)  # of results.json: the recorded runs in docs/results are of the first
 # Where and how a run is made, not what it learns: runs that differ in these alone are the same run.
 WHERE_AND_HOW = {"run_dir", "resume", "device", "num_threads", "compile", "cuda_graph"}
 WHERE_AND_HOW |= {"log_every", "save_every"}
@@ -90,8 +89,8 @@ def read_run(folder: Path) -> RecordedRun:
         if not path.exists():
             return run
         results = json.loads(path.read_text())
-        if results["format"] not in FORMATS:
-            raise ValueError(f"format {results['format']}, not {FORMATS[-1]}")
+        if results["format"] != FORMAT:
+            raise ValueError(f"format {results['format']}, not {FORMAT}")
         run.step, run.total_steps = results["step"], results["total_steps"]
         run.finished, run.hours = results["finished"], results["train_seconds"] / 3600
         returns = {each["step"]: float(each["return_mean"]) for each in results["evaluations"]}
@@ -99,9 +98,7 @@ def read_run(folder: Path) -> RecordedRun:
         run.unit = "return" if None in scores.values() else "score"
         run.evaluations = returns if run.unit == "return" else scores
         run.data, run.data_score = results["data"], results["data_mean"]
-        if isinstance(run.data_score, dict):  # format 2
-            run.data_score = run.data_score[run.unit]
-        elif run.unit == "score" and run.data_score is not None:
+        if run.unit == "score" and run.data_score is not None:
             run.data_score = normalized_score(run.data_score, results["reference_returns"])
         return run
     except (OSError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
