@@ -48,9 +48,8 @@ class Dataset:
 def load_dataset(task: Task, dataset: str | None = None, seed: int = 0, action_bounds=(-1, 1)) -> Dataset:
     """The transitions of a task. UserError: failed download, broken or unusable data.
 
-    `dataset`, an HDF5 file or a Minari id, replaces the task's own transitions. `action_bounds` are what -1
-    and 1 of the policy are in such a file; Minari's datasets say it themselves. `seed` is for the bandits,
-    which are generated.
+    `dataset`, an HDF5 file or a Minari id, replaces the task's own transitions; `action_bounds` are what -1
+    and 1 of the policy are in such a file. `seed` is for the bandits, which are generated.
     """
     source, reference = dataset or task.name, reference_returns(task.name)
     try:

@@ -1,7 +1,4 @@
-"""The processor: which device, how many threads, how exact its products are, and what makes it fast.
-
-device = use_device("auto", num_threads=1, matmul_precision="highest")
-"""
+"""The processor: which device, how many threads, how exact its products are, and what makes it fast."""
 
 import ctypes
 import platform

@@ -38,8 +38,7 @@ def make_envs(task: Task, count: int, args: Any, dataset: Dataset | None = None)
             there, (low, high) = f"{bounds.low.min():g} to {bounds.high.max():g}", args.action_bounds
             print(f"{task.name} takes actions from {there}; the file {low:g} to {high:g} (--action-bounds)")
         if env.spec and task.horizon != env.spec.max_episode_steps == LONGEST_EPISODE:
-            limit = f"{LONGEST_EPISODE:,} steps, or --env-kwargs max_episode_steps=..."
-            print(f"{task.name}: an episode is cut after {limit}")
+            print(f"{task.name} is cut after {LONGEST_EPISODE:,} steps; --env-kwargs max_episode_steps=...")
     return envs
 
 
@@ -47,8 +46,7 @@ def make_env(task: Task, args: Any, render_mode: str | None = None) -> Any:
     """A fresh environment: observations (obs_dim,), flattened if need be; actions (action_dim,) in [-1, 1].
 
     args.env_kwargs go to gymnasium.make. Actions outside [-1, 1] are clipped, as D4RL does; MuJoCo would clip
-    the torque, but reckon the cost of the whole. D4RL's tasks run in D4RL's environments, as far as those
-    exist today: docs/tasks.md. UserError: there is none, it is not installed, or cannot be learned in.
+    the torque, but reckon the cost of the whole. UserError: it cannot be made, or not be learned in.
     """
     options = parse_kwargs(args.env_kwargs) | ({"render_mode": render_mode} if render_mode else {})
     if not render_mode:  # nothing is drawn, so what MUJOCO_GL names need not work

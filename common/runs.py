@@ -1,8 +1,4 @@
-"""What a run does besides its algorithm: its folder, curves, checkpoints, and how it is stopped and resumed.
-
-An agent is a module with .device, .optimizers (a dict) and .set_step(step). What an online run keeps beside
-it is a memory, with .save(folder) -> state and .load(folder, state).
-"""
+"""What a run does besides its algorithm: its folder, curves and checkpoints; how it is stopped and resumed."""
 
 import contextlib
 import io
@@ -101,14 +97,15 @@ def lock_folder(folder: Path) -> FileLock:
 class Run:
     """The folder, curves and checkpoints of one run; `with run:` saves it at its end and when it is stopped.
 
-    step is the number of finished updates (online, of environment steps); the script counts it.
+    step is the number of finished updates (online, of environment steps); the script counts it. An agent is
+    a module with .device, .optimizers (a dict) and .set_step(step); a memory is what an online run keeps
+    beside it, with .save(folder) -> state and .load(folder, state).
     """
 
     def __init__(self, script: str, args, task_settings, agent, dataset=None, memory=None, first_step=0):
         """A new run of a script, by its file; with args.resume agent, memory, randomness and step come back.
 
-        Without a dataset the agent learns from what it does itself. UserError: a setting out of bounds, a
-        checkpoint that these settings cannot resume, or a folder that cannot be written.
+        UserError: a setting is out of bounds, the checkpoint not resumable, or the folder not writable.
         """
         check_bounds(args)
         self.args, self.agent, self.dataset, self.memory = args, agent, dataset, memory
@@ -140,8 +137,7 @@ class Run:
                 self.writer.add_scalar(curve, value, step)
         self.started, self.seconds_before = time.time(), self.results["train_seconds"]
         counts = {"initial": self.step - first_step, "total": args.total_steps - first_step}
-        pause = 0.1 if sys.stderr.isatty() else 60  # seconds between two states of the bar
-        self.bar = tqdm(**counts, unit="step", mininterval=pause)
+        self.bar = tqdm(**counts, unit="step", mininterval=0.1 if sys.stderr.isatty() else 60)  # seconds
 
     def announce(self, sources: dict[str, str]) -> None:
         """Say what is trained on what, with which settings and where each came from; write config.json."""

@@ -152,7 +152,7 @@ def test_an_episode_without_an_end_is_cut_and_it_is_said(toy, monkeypatch, capsy
     monkeypatch.setattr(envs, "LONGEST_EPISODE", 50)
     args = SimpleNamespace(env_kwargs=(), dataset=None)
     env = envs.make_envs(find_task(toy()), 2, args)[0]
-    said = "Toy-v0: an episode is cut after 50 steps, or --env-kwargs max_episode_steps=...\n"
+    said = "Toy-v0 is cut after 50 steps; --env-kwargs max_episode_steps=...\n"
     assert capsys.readouterr().out == said
     for _ in range(2):
         env.reset(seed=0)
