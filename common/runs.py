@@ -1,4 +1,4 @@
-"""What a run does besides its algorithm: its folder, curves and checkpoints; how it is stopped and resumed."""
+"""What a run does besides its algorithm: its folder, curves, checkpoints; how it is stopped and resumed."""
 
 import contextlib
 import io
