@@ -8,11 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common import envs
 from common.cli import FORMAT, parse_args, settings_for
+from common.datasets import load_dataset
+from common.tasks import find_task
 
 ROOT = Path(__file__).parent.parent
 TASK = "bandit-moons-v0"
@@ -60,6 +64,14 @@ def tiny_settings(script, **changes):
     """The tiny run's settings of a script, some of them changed."""
     settings = dict(env_id=TASK) | AGENTS[script.__name__][1] | changes
     return settings_for(script.Args, script.TASK_SETTINGS, **settings)
+
+
+def make_env(name, *env_kwargs, dataset=None):
+    """An environment as a run makes it; with other data than the task's own, after a look at them."""
+    task, args = find_task(name), SimpleNamespace(env_kwargs=env_kwargs, dataset=dataset)
+    args.action_bounds = (-1, 1)
+    data = load_dataset(task, dataset) if dataset else None
+    return envs.make_envs(task, 1, args, data)[0] if dataset else envs.make_env(task, args)
 
 
 def train(run_dir, script, **changes):

@@ -158,17 +158,15 @@ def test_what_dies_is_resumed(counter, capsys):
     assert "2 finished, 2 failed, 0 stopped, of 4 runs" in out
 
 
-def when(condition, action):
-    """Call action once the condition holds, from a thread."""
-    threading.Thread(target=lambda: (wait_for(condition), action()), daemon=True).start()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_stop_and_go_on(number, counter, capsys):
-    """The runs under way save and stop, the others do not start; then all go on."""
+def test_stop_and_go_on(counter, capsys):
+    """The runs under way save and stop, the others do not start; then all go on. SIGTERM: test_command."""
     words, changes = ["--pause", "0.1", "--total-steps", "20"], {"seeds": [0, 4, 5]}
-    begun = lambda: len(list(counter.glob("*/*/results.json"))) == 2  # noqa: E731
-    when(begun, lambda: os.kill(os.getpid(), number))
+
+    def interrupt():
+        wait_for(lambda: len(list(counter.glob("*/*/results.json"))) == 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         run(counter, *words, **changes)
     out = capsys.readouterr().out
@@ -257,7 +255,6 @@ def test_grid():
     [
         (0.5, 0, None, ["0", "1", "0", "1"]),
         (1.0, 2, "3,5", ["3", "5"]),
-        (0.4, 3, None, ["0", "1", "0"]),
         (0.0, 3, None, ["", "", ""]),
     ],
 )
@@ -315,15 +312,12 @@ def test_command(tmp_path, capsys):
         ({"env_ids": []}, [], "nothing to run: name --scripts, and tasks by --env-ids or --tasks"),
         ({"gpus_per_run": 1.0, "workers": 999}, [], "0 GPUs here have room for 0 runs"),
         ({"env_ids": ["Hopper-v4"]}, [], "dac cannot be trained on Hopper-v4: .* no transitions of its own"),
-        ({}, ["--dataset", "none.hdf5"], "dac cannot be trained on .* there is no file none.hdf5"),
         ({}, ["--batch-size", "0"], "--batch-size is 0; it must be above 0"),
         ({}, ["--seed", "4"], "--seed after --: the grid sets it"),
         ({"ray_address": "auto", "workers": 2}, [], "--workers is for one machine"),
     ],
 )  # fmt: skip
-def test_mistakes(changes, words, message, tmp_path, monkeypatch):
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
-    monkeypatch.setattr("socket.create_connection", lambda *args, **options: pytest.fail("a network"))
+def test_mistakes(changes, words, message, tmp_path):
     given = {"scripts": ["dac"], "env_ids": [TASK], "run_dir": str(tmp_path / "grid")}
     with pytest.raises(UserError, match=message):
         benchmark.main(Args(**given | changes), words)

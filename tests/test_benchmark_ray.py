@@ -50,21 +50,10 @@ def starts_of(run_dir):
 
 
 def descendants(pid):
-    """Process id -> command line, of all below a process."""
-    parents, commands = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            commands[int(folder.name)] = (folder / "cmdline").read_text().split("\0")
-        except OSError:  # it has just ended
-            continue
-    found, todo = {}, [pid]
-    while todo:
-        parent = todo.pop()
-        children = [child for child, of in parents.items() if of == parent]
-        found |= {child: commands.get(child, []) for child in children}
-        todo += children
-    return found
+    """The ids of all processes below one."""
+    of_threads = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    children = [int(child) for of_thread in of_threads for child in of_thread]
+    return children + [each for child in children for each in descendants(child)]
 
 
 def test_a_node_dies(cluster, tmp_path):
@@ -74,7 +63,8 @@ def test_a_node_dies(cluster, tmp_path):
     wait_for(lambda: len([step for step in steps_of(tmp_path).values() if step >= 100]) == 2, process)
     raylet = node.all_processes["raylet"][0].process.pid
     processes = descendants(raylet)
-    [words] = [words for words in processes.values() if str(toolbox.ROOT / "dac.py") in words]
+    commands = [Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in processes]
+    [words] = [words for words in commands if str(toolbox.ROOT / "dac.py") in words]
     for number in (signal.SIGSTOP, signal.SIGKILL):  # all at once, as when a machine loses its power
         for pid in [raylet, *processes]:
             os.kill(pid, number)

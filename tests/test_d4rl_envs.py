@@ -1,13 +1,11 @@
 """D4RL's AntMaze, Adroit and Kitchen, rebuilt: observations, rewards, horizons, starts, ends."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
+from runs import make_env
 
-from common import envs
 from common.d4rl_envs import HAND_TO_OBJECT, make_d4rl_env
-from common.tasks import D4RL_TASKS, find_task
+from common.tasks import D4RL_TASKS
 
 ADROIT = ["pen-human-v1", "door-human-v1", "hammer-human-v1", "relocate-human-v1"]
 MAPS = """
@@ -25,10 +23,6 @@ COLUMNS = {"umaze": slice(0, 5), "medium": slice(7, 15), "large": slice(17, 29)}
 D4RL_MAZES = {
     size: [line[of] for line in MAPS.splitlines() if line[of].strip()] for size, of in COLUMNS.items()
 }
-
-
-def make_env(name):
-    return envs.make_env(find_task(name), SimpleNamespace(env_kwargs=()))
 
 
 def goal_of(maze):

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 from recordings import Reach, flags, record, write
+from runs import make_env
 
 from common.bandits import BANDITS, RADIAL, bandit_mode, bandit_reward
 from common.cli import UserError
@@ -24,13 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # what Minari mi
 def own(path, task=HOPPER, **options):
     """A user's file as the data of a task."""
     return load_dataset(find_task(task), str(path), **options)
-
-
-def make_env(data_or_name, dataset=None, env_kwargs=()):
-    """The environment that a policy of these data is scored in."""
-    task = find_task(data_or_name)
-    args = SimpleNamespace(env_kwargs=env_kwargs, dataset=dataset, action_bounds=(-1, 1))
-    return make_envs(task, 1, args, load_dataset(task, dataset))[0]
 
 
 def slow_transitions(terminals, timeouts, horizon):
@@ -118,21 +112,14 @@ ENDS, NONE = flags(9, 19, length=20), flags(length=20)
     ids=["both", "timeouts", "terminals", "no timeouts"],
 )
 def test_what_ends_an_episode_counts(terminals, timeouts, rows, rewards, tmp_path, capsys):
-    """Two episodes, each with its reward in the last row. What cannot be used is counted with its rewards."""
+    """Rewards in the last rows of two episodes; D4RL's rule is another. What cannot be used is counted."""
     path = write(tmp_path / "data.hdf5", **TWENTY, terminals=terminals, timeouts=timeouts)
-    data, said = own(path, "Pendulum-v1" if timeouts is not None else HOPPER), capsys.readouterr().out
+    data, said = own(path), capsys.readouterr().out
     assert (len(data.rewards), data.rewards.sum(), data.terminals.sum()) == (rows, rewards, rewards)
     assert data.episode_returns.tolist() == [1, 1]
     lost = "2 rows without one are dropped, with rewards of 2 in all"
     assert (lost in said) == (rows == 18) and ("dropped" in said) == (rows == 18)
     assert ("has no timeouts: an episode ends where it is terminal" in said) == (timeouts is None)
-
-
-def test_the_file_decides_and_not_the_task(of_d4rl, tmp_path):
-    """The same fields under D4RL's name follow D4RL, which drops the last row of each episode."""
-    fields = {"terminals": flags(4, 9), "timeouts": flags(4, 9), "rewards": flags(4, 9)}
-    assert of_d4rl(**fields).rewards.sum() == 0
-    assert own(write(tmp_path / "data.hdf5", **fields)).rewards.sum() == 2
 
 
 def test_the_files_own_next_observations(tmp_path, capsys):
@@ -189,11 +176,11 @@ def pendulum_file(path, actions, **changes):
 def test_units_are_said_and_can_be_given(tmp_path, capsys):
     """Torques of 0.9 in Pendulum, which takes -2 to 2: as actions of the policy they would be 1.8 there."""
     path = pendulum_file(tmp_path / "data.hdf5", np.full((10, 1), 0.9))
-    make_env("Pendulum-v1", path)
+    make_env("Pendulum-v1", dataset=path)
     said = capsys.readouterr().out
     assert "Pendulum-v1 takes actions from -2 to 2; the file -1 to 1 (--action-bounds)" in said
     np.testing.assert_allclose(own(path, "Pendulum-v1", action_bounds=(-2, 2)).actions, 0.45)
-    make_env("hopper-mini-v0", write(tmp_path / "hopper.hdf5"))
+    make_env("hopper-mini-v0", dataset=write(tmp_path / "hopper.hdf5"))
     assert "takes actions" not in capsys.readouterr().out
 
 
@@ -202,9 +189,8 @@ def test_units_are_said_and_can_be_given(tmp_path, capsys):
     [
         (np.linspace(0, 100, 10)[:, None], r"values outside their bounds -1 and 1; see --action-bounds"),
         (np.arange(10)[:, None] % 4, "actions are int64; discrete actions cannot be learned here"),
-        (np.arange(10)[:, None] % 2 > 0, "actions are bool; discrete actions cannot be learned here"),
     ],
-    ids=["0 to 100", "integers", "flags"],
+    ids=["0 to 100", "integers"],
 )
 def test_actions_in_other_units_are_refused(actions, message, tmp_path):
     path = pendulum_file(tmp_path / "data.hdf5", actions)
@@ -230,12 +216,9 @@ NAN_ROW[4, 2] = np.nan
     [
         ({"rewards": None}, "lacks rewards; it has actions, observations, terminals, timeouts"),
         ({"observations": NAN_ROW}, "observations has 1 NaN or infinity, first in row 4"),
-        ({"rewards": np.where(flags(6, 8), np.inf, 0)}, "rewards has 2 NaN or infinity, first in row 6"),
         ({"rewards": np.full(10, 1e300)}, "rewards has 10 NaN or infinity, first in row 0"),
         ({"observations": np.zeros(10)}, r"observations is float64\(10,\), .* shaped \(10, size\)"),
-        ({"rewards": np.zeros((10, 2))}, r"rewards is float64\(10, 2\), not numbers shaped \(10,\)"),
         ({"rewards": np.zeros(9)}, r"rewards is float64\(9,\), not numbers shaped \(10,\)"),
-        ({"observations": np.zeros((10, 0))}, r"observations is float64\(10, 0\)"),
         ({"rewards": np.array([b"one"] * 10)}, "rewards is .*not numbers"),
         ({"terminals": np.full(10, 0.5)}, "terminals has 0.5 to 0.5; it must be 0 or 1"),
         ({"timeouts": np.ones(10, bool)}, "no transition: 10 rows, 10 of them timeouts"),
@@ -290,8 +273,6 @@ def test_paths_without_a_file(name, tmp_path, monkeypatch):
     ("task", "nearest"),
     [
         ("hoper-medium-v2", "hopper-medium-v2"),
-        ("antmaze-small-v0", "antmaze-umaze-v0"),
-        ("bandit-moon-v0", "bandit-moons-v0"),
         ("bandit-25-gaussian-v0", "bandit-25gaussians-v0"),
         ("Hoper-v4", "Hopper-v4"),
         ("data/my_file.hdf5", "--dataset"),
@@ -384,7 +365,7 @@ def test_wrappers_of_a_minari_dataset(minari_folder):
     with pytest.raises(UserError, match=message):
         make_env("local/clipped-v0")
     assert len(load_dataset(find_task("local/clipped-v0")).rewards) == 60
-    assert make_env("Pendulum-v1", "local/clipped-v0").spec.id == "Pendulum-v1"
+    assert make_env("Pendulum-v1", dataset="local/clipped-v0").spec.id == "Pendulum-v1"
 
 
 def test_minari_datasets_that_cannot_be_used(minari_folder):

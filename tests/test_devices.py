@@ -28,8 +28,6 @@ def test_compiled_losses(script, finished, tmp_path):
 
 
 ZEN5 = "vendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t: avx512bw"
-
-
 INTEL, ZEN4 = ZEN5.replace("AuthenticAMD", "GenuineIntel"), ZEN5.replace("26", "25")
 
 

@@ -104,10 +104,7 @@ def made_up(folder, **changes):
 
 def test_the_p_value_is_the_share_of_all_ways_to_divide_the_seeds(tmp_path):
     draws = np.random.default_rng(0)
-    theirs, ours = (
-        draws.normal(size=(4, 2, 2)),
-        draws.normal(0.8, size=(3, 2, 2)),
-    )  # (seeds, quantities, steps)
+    theirs, ours = draws.normal(size=(4, 2, 2)), draws.normal(0.8, size=(3, 2, 2))  # (seed, quantity, step)
     curves = parity.read_curves(made_up(tmp_path))._replace(authors={"a": theirs[:, 0], "b": theirs[:, 1]})
     seeds = {str(i): {"a": seed[0].tolist(), "b": seed[1].tolist()} for i, seed in enumerate(ours)}
     difference, place, p = parity.compare(curves, seeds)
@@ -116,9 +113,8 @@ def test_the_p_value_is_the_share_of_all_ways_to_divide_the_seeds(tmp_path):
 
     def apart(group):
         rest = [i for i in range(7) if i not in group]
-        return np.abs(every[list(group)].mean(0) - every[rest].mean(0)) / every.std(
-            0, ddof=1
-        )  # (quantities, steps)
+        gap = np.abs(every[list(group)].mean(0) - every[rest].mean(0))  # (quantities, steps)
+        return gap / every.std(0, ddof=1)
 
     found = apart((0, 1, 2, 3))
     ways = [apart(group).max() >= found.max() - 1e-9 for group in combinations(range(7), 4)]

@@ -177,24 +177,10 @@ def test_an_episode_that_cannot_be_played_again(env, capacity, tmp_path, capsys)
 
 
 # --- Whole runs ---
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"env_id": "hopper-medium-v2"}, "hopper-medium-v2 names recorded data; .* such as Hopper-v4"),
-        ({"num_chosen": 9}, "--num-chosen is 9, of only 4 candidates"),
-        (
-            {"replay_size": 2**40, "total_steps": 2**40},
-            r"transitions take [\d,.]+ GB.*: lower --replay-size",
-        ),
-    ],
-)
-def test_mistakes(changes, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        train(tmp_path / "runs", qvpo_online, **changes)
+def test_more_actions_than_candidates(tmp_path):
+    with pytest.raises(UserError, match="--num-chosen is 9, of only 4 candidates"):
+        train(tmp_path / "runs", qvpo_online, num_chosen=9)
     assert not (tmp_path / "runs").exists()
-
-
-# --- Learning ---
 
 
 def trained(task, **changes):

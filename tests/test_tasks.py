@@ -2,15 +2,13 @@
 
 import math
 from itertools import cycle
-from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
 import pytest
 from recordings import record, write
-from runs import AGENTS, load_script, results_of, train
+from runs import AGENTS, load_script, make_env, results_of, train
 
-from common import envs
 from common.datasets import load_dataset
 from common.tasks import D4RL_TASKS, find_task
 
@@ -86,8 +84,7 @@ def test_minari_ids_with_their_own_environments(dataset_id, env_id, obs_dim, min
     assert data.observations.shape == (60, obs_dim)
     first = gymnasium.spaces.flatten(own.observation_space, episodes[0]["observations"][0])
     np.testing.assert_array_equal(data.observations[0], first.astype(np.float32))
-    env = envs.make_env(find_task(dataset_id), SimpleNamespace(env_kwargs=()))
-    np.testing.assert_allclose(env.reset(seed=0)[0], first, atol=1e-6)
+    np.testing.assert_allclose(make_env(dataset_id).reset(seed=0)[0], first, atol=1e-6)
     given = dict(env_id=dataset_id, reward_tune="none") | SHORT
     results = results_of(train(minari_folder / "runs", load_script("dac"), **given))
     assert results["finished"] and results["evaluations"][0]["normalized_score"] is None

@@ -61,15 +61,6 @@ def python(folder, *words):
     return done.stdout
 
 
-def test_it_trains_and_is_evaluated(example, folder, tmp_path):
-    sizes = "--total-steps 60 --eval-every 30 --eval-episodes 3 --batch-size 32 --hidden-dims 16 16"
-    python(folder, example.path, "--env-id", "bandit-corners-v0", "--run-dir", tmp_path, *sizes.split())
-    [run] = tmp_path.iterdir()
-    results = json.loads((run / "results.json").read_text())
-    assert (results["script"], results["step"], results["finished"]) == (example.name, 60, True)
-    assert re.search(r"^return +\S+", python(folder, "tools/evaluate.py", run, "--episodes", "3"), re.M)
-
-
 def test_it_is_a_sibling_in_the_style_of_the_scripts(example, folder):
     assert check_anatomy(example.path) == []
     assert [message for path in SCRIPTS for message in differences(path, example.path)] == []
@@ -85,12 +76,14 @@ def test_its_shape_comments_are_true(example, monkeypatch):
     assert checked.checked == checked.comments.keys()
 
 
-def test_it_finds_the_best_corner(example, tmp_path):
-    given = dict(run_dir=str(tmp_path), eval_episodes=0)
+def test_it_finds_the_best_corner_and_is_evaluated(example, folder, tmp_path):
+    given = dict(run_dir=str(tmp_path), eval_episodes=3)
     args = settings_for(example.script.Args, example.script.TASK_SETTINGS, "bandit-corners-v0", **given)
-    example.script.train(args)
+    results, run = example.script.train(args), folder_in(tmp_path)
+    assert results["script"] == example.name and results["finished"] and results["evaluations"]
+    assert re.search(r"^return +\S+", python(folder, "tools/evaluate.py", run, "--episodes", "3"), re.M)
     agent = getattr(example.script, example.agent)(1, 2, args, torch.device("cpu"))
-    agent.load_state_dict(load(folder_in(tmp_path))["agent"])
+    agent.load_state_dict(load(run)["agent"])
     torch.manual_seed(0)
     actions = agent.act(torch.zeros(1000, 1)).numpy()
     assert (bandit_mode("bandit-corners-v0", actions) == 3).mean() > 0.9  # FQL stops beside it: the page
