@@ -241,7 +241,7 @@ def dtql_trust_region(seeds):
     actions, noises = torch.as_tensor(SURFACE, dtype=torch.float32), torch.randn(20, 1, 2)
     for line, pattern in zip(panels, ("8gaussians", "swissroll"), strict=True):
         task, obs = f"bandit-{pattern}-v0", torch.zeros(len(actions), 1)
-        denoiser = prepared(task, seeds[0]).denoiser.requires_grad_(False)
+        denoiser = deepcopy(prepared(task, seeds[0]).denoiser).requires_grad_(False)
         draw(line[0], "data", load_dataset(find_task(task)).actions)
         for panel, sigma in zip(line[1:], (0.02, 0.1, 0.3, 1.0, 5.0), strict=True):
             noisy = [(actions + sigma * noise, torch.full_like(obs, sigma)) for noise in noises]
