@@ -117,7 +117,7 @@ def draw_seeds(panel, x: list, values, color: str = "C3", label: str | None = No
     """Curves (seeds, points) thinly, and their mean."""
     panel.plot(x, np.transpose(values), color=color, linewidth=0.7, alpha=0.4)
     panel.plot(x, np.mean(values, axis=0), color=color, linewidth=1.8, marker="o", markersize=3, label=label)
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.05 * max(np.max(line.get_ydata()) for line in panel.lines))
     if label:
         panel.legend()
 
