@@ -31,12 +31,12 @@ def load_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def restore(run, path: Path) -> None:
+def restore(run, path: Path, data: dict) -> None:
     """Go on where a checkpoint was written: the agent, its memory, the step, results and randomness of a run.
 
     UserError: the checkpoint is finished, or another run's, or does not fit what the arguments ask for.
     """
-    saved, new, args, data = load_checkpoint(path), run.results, run.args, run.about_data
+    saved, new, args = load_checkpoint(path), run.results, run.args
     if path.is_file() and path.name != "checkpoint.pt" and (run.folder / "checkpoint.pt").exists():
         raise UserError(f"{run.folder} has a checkpoint.pt; copy {path.name} elsewhere to resume it")
     run.results, run.step = saved["results"], saved["step"]
@@ -48,7 +48,7 @@ def restore(run, path: Path) -> None:
         raise UserError(f"{path} is finished, at step {run.step:,}; larger --total-steps add more")
     old = saved["args"] | {"resume": args.resume}
     changed = {name: value for name, value in asdict(args).items() if value != old[name]}
-    if data.get("data_checksum") != run.results.get("data_checksum") and "dataset" not in changed:
+    if data["data_checksum"] != run.results["data_checksum"] and "dataset" not in changed:
         raise UserError(f"the data of {data['data']} changed since the run in {run.folder} began")
     run.results |= data
     if changed:

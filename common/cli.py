@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
+FORMAT = 3  # of checkpoint.pt, best.pt and results.json; the files of another format are refused
 Args = TypeVar("Args", bound=Any)  # the class Args of a script
 TaskSettings = dict[str, dict[str, object]]  # task or domain -> its row, whose values replace those in Args
 # First word of a task's name -> the domain of the task, and the version that the papers train on.
@@ -25,9 +26,6 @@ UnitInterval = Annotated[Number, "from 0 to 1", lambda number: 0 <= number <= 1]
 Finite = Annotated[Number, "finite", math.isfinite]
 Even = Annotated[Number, "even and at least 4", lambda number: number >= 4 and number % 2 == 0]
 Threads = Annotated[Number, "from 1 to 1024", lambda number: 0 < number <= 1024]  # PyTorch crashes above
-
-
-FORMAT = 3  # of checkpoint.pt, best.pt and results.json; the files of another format are refused
 
 
 class UserError(Exception):

@@ -28,6 +28,7 @@ def use_device(name: str, num_threads: int, matmul_precision: str) -> torch.devi
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         device = torch.empty(0, device=chosen).device
+        assert device.type in ("cpu", "cuda"), "it is neither cpu nor cuda"
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} is not available: {reason}; try --device cpu") from error

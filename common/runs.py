@@ -114,20 +114,19 @@ class Run:
         self.losses: list[Tensor] = []  # of each step since the last log, on the device
         self.drawn: dict[str, tuple[int, float]] = {}  # the last step and value of each curve
         self.best: dict | None = None  # the policy of the best evaluation, until it is saved
-        no_data = {"data": None, "data_mean": None, "reference_returns": reference_returns(args.env_id)}
-        self.about_data: dict = dataset.about() if dataset else no_data
-        self.reference = self.about_data["reference_returns"]
+        about: dict = {"data": None, "data_mean": None, "data_checksum": 0}
+        about |= dataset.about() if dataset else {"reference_returns": reference_returns(args.env_id)}
+        self.reference = about["reference_returns"]
         self.results: dict = {"script": Path(script).stem, "env_id": args.env_id, "seed": args.seed}
-        self.results |= {"evaluations": [], "losses": {}, "train_seconds": 0.0} | self.about_data
+        self.results |= {"evaluations": [], "losses": {}, "train_seconds": 0.0} | about
         name = f"{args.env_id}__{Path(script).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        new = Path(args.run_dir).expanduser() / re.sub(r"[^-\w.]", "-", name)
-        path = Path(args.resume).expanduser() if args.resume else new
-        self.folder = path.parent if path.is_file() else path
+        path = Path(args.resume or Path(args.run_dir) / re.sub(r"[^-\w.]", "-", name)).expanduser()
+        self.folder = path.parent if args.resume and not path.is_dir() else path
         self.lock = lock_folder(self.folder)
         if args.resume:
             from common.checkpoints import restore
 
-            restore(self, path)
+            restore(self, path, about)
         self.announce(sources_of(args, task_settings))
         # What was drawn after the checkpoint is drawn again, and an evaluation that it does not have.
         owed = self.evaluation_due()
@@ -265,6 +264,7 @@ class Run:
         self.write_results()
 
     def write_results(self) -> None:
+        """Write results.json, which people and tools read."""
         write_atomically(self.folder / "results.json", self.results)
 
     def __enter__(self) -> "Run":

@@ -53,11 +53,12 @@ def find_task(name: str) -> Task:
         if module:  # registers env_id
             importlib.import_module(module)
     except Exception as error:  # whatever is wrong in it
-        reason = f"{type(error).__name__}: {error}; is its folder in PYTHONPATH?"
+        advice = "; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        reason = f"{type(error).__name__}: {error}{advice}"
         raise UserError(f"cannot import {module} of {name}: {reason}") from error
     if env_id not in registry:
-        with contextlib.suppress(ImportError):  # Gymnasium-Robotics, which registers more
-            import common.d4rl_envs  # noqa: F401
+        with contextlib.suppress(Exception):  # ImportError, or MuJoCo's, of what MUJOCO_GL names
+            import common.d4rl_envs  # noqa: F401  # Gymnasium-Robotics registers more
     if env_id not in registry:
         nearest = difflib.get_close_matches(env_id, [*D4RL_TASKS, *BANDIT_TASKS, *registry], n=5)
         advice = "A task is a D4RL, Minari, Gymnasium, bundled or bandit name; a file goes to --dataset."

@@ -5,6 +5,7 @@ to runs that are not. Then each script has a process that fills its row of the t
 fails prints a line and stops nothing else; what there was no time for is named.
 """
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -59,14 +60,10 @@ def measure(name: str, ways: list[str]) -> dict[str, float]:
                 print(f"error: {name}, {way}: the first losses are off by {off:.2g}", file=sys.stderr)
         except (Exception, SystemExit) as error:
             print(f"error: {name}, {way}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
-    commands = [f"{command} --seed {seed}" for seed in range(5 if "graphed" in found else 0)]
-    seeds = [speed.start(each, speed.Args()) for each in commands]
-    try:
-        with ThreadPoolExecutor(5) as threads:
+    if "graphed" in found:
+        seeds = [speed.start(f"{command} --seed {seed}", speed.Args()) for seed in range(5)]
+        with contextlib.suppress(SystemExit), ThreadPoolExecutor(5) as threads:  # which has been said
             found["five seeds / one"] = sum(threads.map(speed.rate, seeds, [0] * 5)) / found["graphed"]
-    except (KeyError, SystemExit):  # which has been said
-        pass
-    finally:
         for process in seeds:
             process.kill()
     return found

@@ -42,7 +42,8 @@ def calls_per_second(call, seconds):
         call()
         count += 1
         if not gpu or count % 20 == 0:
-            _ = gpu and torch.cuda.synchronize()
+            if gpu:
+                torch.cuda.synchronize()
             passed = time.perf_counter() - started
     return count / passed
 
