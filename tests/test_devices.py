@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import results_of, train
+from runs import ROOT, finish, python, results_of, train
 
-from common.devices import matmul_library, mish
+from common.cli import UserError
+from common.devices import matmul_library, mish, use_device
 
 
 def test_mish_and_its_gradient(float64):
@@ -47,3 +48,13 @@ def test_which_library(about, has_onednn, expected, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
     monkeypatch.setattr(Path, "read_text", lambda path: about)
     assert matmul_library() == expected
+
+
+def test_neither_cpu_nor_cuda():
+    with pytest.raises(UserError, match="--device meta is not available: it is neither cpu nor cuda"):
+        use_device("meta", 1, "highest")
+
+
+def test_an_unknown_task_where_mujoco_cannot_be_loaded():
+    code, _, err = finish(python("dac.py", "--env-id", "Nothing-v0", cwd=ROOT, env={"MUJOCO_GL": "bogus"}))
+    assert code == 2 and err.startswith("error: unknown task 'Nothing-v0'")

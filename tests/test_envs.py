@@ -85,7 +85,7 @@ def test_an_environment_in_a_module_of_ones_own(tmp_path, monkeypatch):
         assert make_env(f"my_robots:{name}").observation_space.shape == (11,)
         gymnasium.registry.pop(name)
     (tmp_path / "my_arms.py").write_text("1 / 0")
-    with pytest.raises(UserError, match="cannot import my_arms of my_arms:Mine-v0: ZeroDivisionError"):
+    with pytest.raises(UserError, match="^cannot import my_arms of my_arms:.*: ZeroDivisionError: [^;]*$"):
         find_task("my_arms:Mine-v0")
     with pytest.raises(UserError, match="unknown task 'my_robots:Other-v0'; nearest names: "):
         find_task("my_robots:Other-v0")
