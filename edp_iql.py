@@ -48,7 +48,7 @@ class Args:
     env_id: str = "hopper-mini-v0"  # task: a D4RL name, a Minari id, hopper-mini-v0 or bandit-<pattern>-v0
     dataset: str | None = None  # an HDF5 path or Minari id to read instead of the task's own transitions
     action_bounds: tuple[float, float] = (-1.0, 1.0)  # what -1 and 1 of the policy are in such an HDF5 file
-    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, JSON or key=value: max_episode_steps=500
+    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, key=value: max_episode_steps=500
     seed: NonNegative[int] = 0  # seed of initial weights, batches and noise
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
     num_threads: Threads[int] = 1  # threads on a CPU; the networks are too small to gain from more

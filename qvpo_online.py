@@ -47,7 +47,7 @@ class Args:
     """The defaults are the official code's; a task's row of TASK_SETTINGS replaces some of them (D2)."""
 
     env_id: str = "Hopper-v4"  # task: a Gymnasium id with Box spaces, or bandit-<pattern>-v0
-    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, JSON or key=value: max_episode_steps=500
+    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, key=value: max_episode_steps=500
     seed: NonNegative[int] = 0  # seed of initial weights, batches and noise
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:<i>
     num_threads: Threads[int] = 1  # threads on a CPU; the networks are too small to gain from more

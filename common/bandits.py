@@ -11,9 +11,6 @@ def polar(radius: float | np.ndarray, angle: np.ndarray) -> np.ndarray:
 
 MOON = polar(0.5, np.linspace(0, np.pi, 12)) - [0.25, 0.125]
 ALONG = np.sqrt(np.linspace(0, 1, 32))  # along the arm of the spiral, from the inside out
-LINE = np.linspace(-0.8, 0.8, 5)
-GRID = np.stack(np.meshgrid(LINE, LINE), axis=-1).reshape(-1, 2)
-GRID = GRID[np.linalg.norm(GRID, axis=1).argsort(kind="stable")]  # the nearest to the centre first
 TURNS = np.sqrt(np.linspace(1 / 9, 1, 36))  # equal steps along the Swiss roll, which begins at a third
 ROLL = polar(0.85 * TURNS, 4.5 * np.pi * TURNS)
 BANDITS = {  # the modes (M, 2) of the data, from the worst and most frequent to the best and rarest
@@ -22,31 +19,23 @@ BANDITS = {  # the modes (M, 2) of the data, from the worst and most frequent to
     "bandit-corners-v0": 0.8 * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]),
     "bandit-spiral-v0": polar(0.1 + 0.7 * ALONG, 3 * np.pi * ALONG),
     # After the toy study in DTQL's official code: the reward is highest at the centre, or far from it.
-    "bandit-25gaussians-v0": GRID[::-1],
-    "bandit-25gaussians-far-v0": GRID,
     "bandit-swissroll-v0": ROLL[::-1],
     "bandit-swissroll-far-v0": ROLL,
 }
-RADIAL = [task for task in BANDITS if "25gaussians" in task or "swissroll" in task]
-
-
-def bandit_mode(task: str, actions: np.ndarray) -> np.ndarray:
-    """Index (N,) of the mode that is nearest to each action (N, 2); the last mode is the best."""
-    return np.square(actions[:, None] - BANDITS[task]).sum(axis=2).argmin(axis=1)
 
 
 def bandit_reward(task: str, actions: np.ndarray) -> np.ndarray:
     """Reward (N,) in [0, 1] of actions (N, 2): that of the nearest mode, falling to 0 away from it.
 
-    That of a mode is the square of its rank, from 0 to 1; in RADIAL it is linear in its radius.
+    That of a mode is the square of its rank, from 0 to 1; on the Swiss roll it is linear in its radius.
     """
-    modes, mode = BANDITS[task], bandit_mode(task, actions)
+    modes = BANDITS[task]
     rewards = np.linspace(0, 1, len(modes)) ** 2  # (M,)
-    if task in RADIAL:
+    if "swissroll" in task:
         radius = np.linalg.norm(modes, axis=1)
         rewards = (radius - radius[0]) / (radius[-1] - radius[0])
-    squared_distance = np.square(actions - modes[mode]).sum(axis=1)  # (N,)
-    return rewards[mode] * np.exp(-squared_distance / (2 * 0.1**2))
+    squared_distances = np.square(actions[:, None] - modes).sum(axis=2)  # (N, M)
+    return rewards[squared_distances.argmin(1)] * np.exp(-squared_distances.min(1) / (2 * 0.1**2))
 
 
 def sample_bandit(task: str, seed: int, size: int = 10_000) -> dict[str, np.ndarray]:

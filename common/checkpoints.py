@@ -59,8 +59,7 @@ def restore(run, path: Path, data: dict) -> None:
             own = optimizer.state_dict()["param_groups"]  # of this device and these arguments
             optimizer.load_state_dict(saved["optimizers"][name] | {"param_groups": own})
         run.agent.set_step(run.step - 1)
-        run.names, run.losses = saved["loss_names"], list(saved["losses"].to(run.agent.device))
-        run.drawn = saved["drawn"]
+        run.losses = list(saved["losses"].to(run.agent.device))
         torch.set_rng_state(saved["rng"])
         if run.agent.device.type == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"], run.agent.device)

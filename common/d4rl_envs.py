@@ -38,10 +38,6 @@ HAND_TO_OBJECT = {  # palm minus object (3,), from an observation of Adroit's ta
 def make_d4rl_env(task: str, **options) -> gymnasium.Env:
     """The environment of a D4RL task; the options are gymnasium.make's. LookupError: not rebuilt here."""
     family, *variant = task.split("-")
-    if family == "ant":  # Ant-v4 leaves out D4RL's 84 contact forces, which are all zero: (27,) to (111,)
-        space = Box(-np.inf, np.inf, (111,), np.float64)
-        ant = gymnasium.make("Ant-v4", **options)
-        return gymnasium.wrappers.TransformObservation(ant, lambda obs: np.pad(obs, (0, 84)), space)
     if family == "antmaze":
         return AntMaze(variant[0], **options)
     if family in HAND_TO_OBJECT or family == "pen":

@@ -19,7 +19,7 @@ from common.tasks import DATA, Task, is_minari_id
 
 FIELDS = ["observations", "actions", "rewards", "terminals"]  # of a file in D4RL's layout
 RewardRule = Literal[
-    "none", "iql_locomotion", "iql_antmaze", "cql_antmaze", "antmaze", "antmaze100", "normalize", "minmax"
+    "none", "iql_locomotion", "iql_antmaze", "cql_antmaze", "antmaze100", "normalize", "minmax"
 ]
 
 
@@ -148,7 +148,6 @@ def tune_rewards(data: Dataset, rule: RewardRule) -> np.ndarray:
         "iql_locomotion": (0, np.ptp(returns) / 1000),  # returns span 1000
         "iql_antmaze": (1, 1),
         "cql_antmaze": (0.5, 1 / 4),
-        "antmaze": (0.25, 1 / 2),
         "antmaze100": (0, 1 / 100),
         "normalize": (rewards.mean(), rewards.std(ddof=1)),
         "minmax": ((rewards.max() + rewards.min()) / 2, np.ptp(rewards) / 2),  # onto [-1, 1]

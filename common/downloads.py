@@ -1,6 +1,5 @@
 """D4RL's HDF5 files, from the network: loaded only when one is missing."""
 
-import os
 import socket
 import uuid
 from pathlib import Path
@@ -16,10 +15,7 @@ def download(info: dict, path: Path) -> None:
     """Download a D4RL file; it gets its name when it is whole and right. UserError: no source has it."""
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # of this process: other seeds may fetch it too
     failures, patience = "", socket.getdefaulttimeout()
-    urls = [D4RL["url"] + info["file"], D4RL["mirror"] + path.name]
-    if os.environ.get("D4RL_MIRROR"):
-        urls.insert(0, f"{os.environ['D4RL_MIRROR'].rstrip('/')}/{path.name}")
-    for url in urls:
+    for url in (D4RL["url"] + info["file"], D4RL["mirror"] + path.name):
         print(f"downloading {url} to {path.parent}")
         try:
             socket.setdefaulttimeout(30)  # seconds that a server may be silent
@@ -35,6 +31,5 @@ def download(info: dict, path: Path) -> None:
             part.unlink(missing_ok=True)
     raise UserError(
         f"could not download {path.name}:{failures}\nBy hand: put {D4RL['url']}{info['file']}\n"
-        f"  into {path.parent}; or set D4RL_DATASET_DIR to a folder, or D4RL_MIRROR to a URL, that has it.\n"
-        f"{OFFLINE}"
+        f"  into {path.parent}; or set D4RL_DATASET_DIR to a folder that has it.\n{OFFLINE}"
     )

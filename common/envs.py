@@ -104,14 +104,14 @@ def original_env(task: Task, options: dict) -> gymnasium.Env:
 
 
 def parse_kwargs(words: tuple[str, ...]) -> dict[str, Any]:
-    """Arguments of an environment, from JSON objects or key=value. UserError: a word is neither."""
+    """Arguments of an environment from key=value, where a value is JSON or text. UserError: no value."""
     found: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"--env-kwargs {word} is not key=value, such as max_episode_steps=500")
         try:
-            found |= json.loads(word) if word.startswith("{") else {key: json.loads(value)}
-        except ValueError as error:
-            if word.startswith("{") or not equals:
-                raise UserError(f"--env-kwargs {word} is neither JSON nor key=value: {error}") from error
-            found[key] = value  # text needs no quotes
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
     return found

@@ -13,8 +13,6 @@ from common.datasets import FIELDS, clip, cut_at_horizon, transitions
 from common.scores import Reference
 from common.tasks import OFFLINE, Task
 
-HARMLESS = {"Monitor", "RecordEpisodeStatistics"}  # wrappers that change neither rewards nor episodes
-
 
 # === A file ===
 def read_own(path: Path, task: Task, low: float, high: float) -> dict[str, np.ndarray]:
@@ -33,8 +31,10 @@ def read_own(path: Path, task: Task, low: float, high: float) -> dict[str, np.nd
         known = [name for name in [*FIELDS, "timeouts", "next_observations"] if name in file]
         if ignored := sorted(file.keys() - known):
             print(f"{path}: ignored {', '.join(ignored)}")
-        for name in known:
-            check_stored(path, file[name])
+        for name in known:  # HDF5 reads zeros for rows that are not there
+            written = file[name].id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
+            if file[name].is_virtual or file[name].size and not written:
+                raise UserError(f"{path}: {name} has rows that were never written or are in other files")
         rows = check_fields(path, {name: file[name][()] for name in known})
     terminals = rows["terminals"].astype(bool)
     if "timeouts" in rows:
@@ -91,12 +91,8 @@ def read_minari(dataset_id: str) -> tuple[dict[str, np.ndarray], Reference]:
     space, scores = data.action_space, data.storage.metadata
     if not (isinstance(space, Box) and len(space.shape) == 1 and space.is_bounded()):
         raise UserError(f"{dataset_id}: actions {space} are not a bounded continuous vector (Box)")
-    for path in Path(data.storage.data_path).glob("*.hdf5"):
-        with h5py.File(path) as file:
-            file.visititems(lambda _, values: check_stored(dataset_id, values))
     episodes = list(data.iterate_episodes())
-    # T + 1 of each episode
-    observations = [flatten(data.observation_space, episode.observations) for episode in episodes]
+    observations = [flatten(data.observation_space, each.observations) for each in episodes]  # T + 1 each
     fields = {
         "observations": np.concatenate([values[:-1] for values in observations]),
         "actions": np.concatenate([episode.actions for episode in episodes]),
@@ -130,22 +126,13 @@ def minari_env_spec(dataset_id: str) -> tuple[str, dict]:
     if not spec:
         raise UserError(f"{dataset_id} names no environment; --dataset takes it beside another --env-id")
     names = [wrapper["name"] for wrapper in spec.get("additional_wrappers") or []]
-    if others := [name for name in names if name not in HARMLESS]:
+    if others := [name for name in names if name not in ("Monitor", "RecordEpisodeStatistics")]:
         advice = "--eval-episodes 0 trains; --env-id <module>:<Id> --dataset takes an environment of yours"
         raise UserError(f"{dataset_id} was recorded in wrappers, {', '.join(others)}; {advice}")
     return spec["id"], spec["kwargs"] | {"max_episode_steps": spec["max_episode_steps"]}
 
 
 # === Checks of both ===
-def check_stored(source: str | Path, values: h5py.Dataset | h5py.Group) -> None:
-    """UserError if rows were never written, or are in other files: HDF5 may read zeros in their place."""
-    if isinstance(values, h5py.Group):
-        return
-    written = values.id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED or not values.size
-    if not written or values.is_virtual or values.external:
-        raise UserError(f"{source}: {values.name[1:]} has rows that were never written or are in other files")
-
-
 def check_fields(source: str | Path, fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The fields as float32, (N, size) or (N,). UserError for other shapes, NaN, infinity, and no numbers."""
     checked, num_rows = {}, len(np.atleast_1d(fields["observations"]))

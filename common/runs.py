@@ -112,7 +112,6 @@ class Run:
         self.step, self.in_update = first_step, False
         self.names: list[str] = []  # of the losses
         self.losses: list[Tensor] = []  # of each step since the last log, on the device
-        self.drawn: dict[str, tuple[int, float]] = {}  # the last step and value of each curve
         self.best: dict | None = None  # the policy of the best evaluation, until it is saved
         about: dict = {"data": None, "data_mean": None, "data_checksum": 0}
         about |= dataset.about() if dataset else {"reference_returns": reference_returns(args.env_id)}
@@ -128,12 +127,7 @@ class Run:
 
             restore(self, path, about)
         self.announce(sources_of(args, task_settings))
-        # What was drawn after the checkpoint is drawn again, and an evaluation that it does not have.
-        owed = self.evaluation_due()
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 - owed)
-        for curve, (step, value) in self.drawn.items():
-            if owed and step == self.step:
-                self.writer.add_scalar(curve, value, step)
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)  # these come again
         self.started, self.seconds_before = time.time(), self.results["train_seconds"]
         counts = {"initial": self.step - first_step, "total": args.total_steps - first_step}
         self.bar = tqdm(**counts, unit="step", mininterval=0.1 if sys.stderr.isatty() else 60)  # seconds
@@ -191,7 +185,6 @@ class Run:
         for name, value in values.items():
             if isinstance(value, float):
                 self.writer.add_scalar(f"{group}/{name}", value, self.step)
-                self.drawn[f"{group}/{name}"] = self.step, value
 
     def log_losses(self) -> None:
         """The mean losses since the last call, as losses/*. UserError: one is not finite."""
@@ -217,6 +210,8 @@ class Run:
             weights = {name: value.clone() for name, value in self.agent.state_dict().items()}
             self.best = {"step": self.step, "agent": weights}
         self.bar.write(f"step {self.step:,}: return {mean:.5g} +- {spread:.4g}, {self.summary()}")
+        if self.bar.n == self.bar.initial:  # one that the checkpoint lacked: now it is drawn, and not again
+            self.save()
 
     def summary(self) -> str:
         """The scores of the evaluations, for the screen."""
@@ -242,6 +237,7 @@ class Run:
     def save(self, name: str = "checkpoint.pt") -> None:
         """Write checkpoint, best.pt and results.json. UserError: a loss is not finite, or the disk full."""
         losses, device = self.checked_losses(), self.agent.device
+        self.writer.flush()  # the curves' files have what is not drawn again
         about = {"format": FORMAT, "step": self.step, "total_steps": self.args.total_steps}
         about["finished"] = self.step == self.args.total_steps and not self.evaluation_due()
         about["train_seconds"] = self.seconds_before + time.time() - self.started
@@ -254,9 +250,7 @@ class Run:
             "agent": self.agent.state_dict(),
             "optimizers": {each: optimizer.state_dict() for each, optimizer in self.agent.optimizers.items()},
             "memory": self.memory.save(self.folder) if self.memory else None,
-            "loss_names": self.names,
             "losses": losses,
-            "drawn": self.drawn,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
@@ -267,10 +261,9 @@ class Run:
         """Write results.json, which people and tools read."""
         write_atomically(self.folder / "results.json", self.results)
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> None:
         self.stopping = stopping_between_steps()
         self.stopping.__enter__()
-        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         """Save, unless half a step is done or the run itself found what is wrong; close everything."""

@@ -2,8 +2,7 @@
 
 from common.tasks import D4RL
 
-# Undiscounted episode returns that score 0 and 100, shared by all datasets and versions of an environment.
-# From D4RL's infos.py, and kept where they are off: a random policy in Hopper returns +19, not -20.
+# Episode returns that score 0 and 100, D4RL's, also where they are off: random Hopper returns +19, not -20.
 REFERENCE_RETURNS = {family: tuple(returns) for family, returns in D4RL["reference_returns"].items()}
 Reference = tuple[float, float] | None  # such returns; None: unknown
 

@@ -24,8 +24,8 @@ DATA = Path(__file__).parent / "data"
 D4RL = json.loads((DATA / "d4rl_tasks.json").read_text())
 D4RL_TASKS = D4RL["tasks"]  # name -> file, horizon, and, where known, bytes and sha256
 BUNDLED = "hopper-mini-v0"
-BANDIT_TASKS = [f"bandit-{pattern}-v0" for pattern in ("8gaussians", "moons", "corners", "spiral")]
-BANDIT_TASKS += [f"bandit-{name}{far}-v0" for name in ("25gaussians", "swissroll") for far in ("", "-far")]
+PATTERNS = ("8gaussians", "moons", "corners", "spiral", "swissroll", "swissroll-far")
+BANDIT_TASKS = [f"bandit-{pattern}-v0" for pattern in PATTERNS]
 OFFLINE = f"Without a network: {', '.join([BUNDLED, *BANDIT_TASKS])}."
 
 

@@ -14,7 +14,7 @@ import edp_crr
 import edp_iql
 import edp_td3
 import qvpo_online
-from common.bandits import BANDITS, bandit_mode
+from common.bandits import BANDITS
 from common.cli import UserError, settings_for
 
 TASK = "bandit-corners-v0"
@@ -158,6 +158,6 @@ def test_learns_the_best_mode_of_a_bandit(script, tmp_path):
     torch.manual_seed(0)
     actions = agent.act(torch.zeros(1000, 1)).numpy()
     if script in (dac, diffusion_ql):
-        assert np.bincount(bandit_mode(TASK, actions))[-1] > 800  # of 1000
+        assert (actions * BANDITS[TASK][-1] > 0).all(1).sum() > 800  # of 1000, in the best corner's quarter
     else:
         assert (np.linalg.norm(actions - BANDITS[TASK][-1], axis=1) < 0.15).mean() > 0.9

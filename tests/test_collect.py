@@ -157,7 +157,7 @@ def test_a_module_registers_a_class_whose_observations_share_a_buffer(hdf5, run,
 @pytest.mark.parametrize(
     ("env_id", "options"),
     [
-        ("line:Line-v0", {"env_kwargs": ("max_episode_steps=7", '{"nested": true}'), "name": "mine"}),
+        ("line:Line-v0", {"env_kwargs": ("max_episode_steps=7", "nested=true"), "name": "mine"}),
         ("Pendulum-v1", {"env_kwargs": ("g=9", "max_episode_steps=7"), "kinds": ("expert",)}),
         ("Pendulum-v1", {"env_kwargs": ("max_episode_steps=7",), "hdf5": Path("my data")}),
     ],

@@ -61,7 +61,6 @@ def sources(server, content, tmp_path, monkeypatch):
     monkeypatch.setitem(D4RL_TASKS, TASK, info)
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
-    monkeypatch.delenv("D4RL_MIRROR", raising=False)
 
     def set_sources(first, mirror):
         for key, how in (("url", first), ("mirror", mirror)):

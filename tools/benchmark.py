@@ -39,7 +39,7 @@ from common.datasets import load_dataset
 from common.envs import make_envs
 from common.tasks import find_task
 
-PASSED_ON = ["D4RL_DATASET_DIR", "D4RL_MIRROR", "MINARI_DATASETS_PATH", "MUJOCO_GL"]  # to other machines
+PASSED_ON = ["D4RL_DATASET_DIR", "MINARI_DATASETS_PATH", "MUJOCO_GL"]  # to other machines
 ROBOTS, RECORDINGS = ("halfcheetah", "hopper", "walker2d"), ("medium", "medium-replay", "medium-expert")
 MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
 TASK_SETS = {  # the tasks of the papers' tables

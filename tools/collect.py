@@ -56,7 +56,7 @@ class Args:
     """Offline datasets for a Gymnasium environment with continuous actions."""
 
     env_id: str = "Hopper-v5"  # any Gymnasium id, module:Id-v0 too; actions must be bounded and continuous
-    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, JSON or key=value: max_episode_steps=500
+    env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, key=value: max_episode_steps=500
     name: str = ""  # of the datasets, local/<name>/<kind>-v0; empty: hopper for Hopper-v5
     kinds: tuple[Kind, ...] = KINDS  # the datasets to make
     hdf5: Path | None = None  # write HDF5 files in D4RL's layout to this folder, instead of Minari datasets
