@@ -68,8 +68,11 @@ def test_a_crash_in_an_update(finished, script, tmp_path, monkeypatch):
     assert curves_of(folder) == curves_of(finished(script))
 
 
-@pytest.mark.parametrize("end", [RuntimeError("out of cards"), signal.SIGTERM], ids=["crash", "signal"])
-@pytest.mark.parametrize("count", [2, 4], ids=["in the middle", "at the last step"])
+@pytest.mark.parametrize(
+    ("count", "end"),
+    [(2, RuntimeError("out of cards")), (4, signal.SIGTERM)],
+    ids=["crash", "signal at the end"],
+)
 def test_an_evaluation_that_was_cut_short_is_made_again(count, end, finished, script, tmp_path, monkeypatch):
     """A run that owes its last evaluation is not finished, though no step is left."""
     before_call(monkeypatch, script, "evaluate", {count: end})

@@ -76,8 +76,9 @@ def test_its_shape_comments_are_true(example, monkeypatch):
     assert checked.checked == checked.comments.keys()
 
 
+@pytest.mark.parametrize("example", ["fql", pytest.param("idql", marks=pytest.mark.slow)], indirect=True)
 def test_it_finds_the_best_corner_and_is_evaluated(example, folder, tmp_path):
-    given = dict(run_dir=str(tmp_path), eval_episodes=3, total_steps=1_000)
+    given = dict(run_dir=str(tmp_path), eval_episodes=3, total_steps=500)
     args = settings_for(example.script.Args, example.script.TASK_SETTINGS, "bandit-corners-v0", **given)
     results, run = example.script.train(args), folder_in(tmp_path)
     assert results["script"] == example.name and results["finished"] and results["evaluations"]
