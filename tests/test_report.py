@@ -137,6 +137,17 @@ def test_published_scores_beside_a_run(script, env_id, args, expected, runs):
 
 
 # --- Statistics ---
+def test_rat_and_oms_over_the_steps(runs):
+    """From 11 evaluations on, RAT forgets the first; OMS never falls."""
+    for seed, score in enumerate([50, 70]):
+        write_run(runs / str(seed), "dac", TASK, seed, score, evaluations=11)
+    groups, _ = report.group_runs(report.find_runs(["runs"]))
+    oms, rat, first, second, *_ = (line.get_ydata() for line in report.draw(groups, True).axes[0].lines)
+    np.testing.assert_allclose(oms, [55] + 10 * [65])
+    np.testing.assert_allclose(first[[0, 1, 2, 9, 10]], [45, 50, 48 + 1 / 3, 50, 50])
+    np.testing.assert_allclose([second, rat], [first + 20, first + 10])
+
+
 def test_interval_by_hand():
     """Of two seeds the mean is either of them a quarter of the time; of three, each extreme once in 27."""
     assert toolbox.interval(np.array([1.0, 5.0])) == (1, 5)
@@ -219,7 +230,7 @@ def test_command(grid, tmp_path):
     code, out, err = finish(python(*words, cwd="/"))
     imported = {line.rpartition("|")[2].strip() for line in err.splitlines()}
     assert code == 0 and "numpy" in imported and "torch" not in imported
-    assert out.endswith(f"1 problems; report.md and curves.png are in {tmp_path}/out\n")
+    assert out.endswith(f"1 problems; report.md and its pictures are in {tmp_path}/out\n")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"cannot write {tmp_path}/file/x/curves.png: "):
         make(grid, output=tmp_path / "file/x")

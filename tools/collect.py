@@ -10,8 +10,7 @@ Trains SAC, then records
     medium-replay   all that SAC did until then, its replay buffer
     expert          the policy at the end of the training, or with --expert best the best one before
     medium-expert   medium and expert, one after the other
-Policies are recorded as they are, stochastic. At its end it prints the command that trains on the data.
-docs/tools.md says more.
+Policies are recorded as they are, stochastic. docs/tools.md says more.
 """
 
 import io

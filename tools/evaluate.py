@@ -7,8 +7,7 @@
     python tools/evaluate.py runs/<run> --video hopper.png                      # or as a strip of pictures
     python tools/evaluate.py runs/<run> -- --num-action-samples 50              # acting in another way
 
-Script, arguments and task are read from the checkpoint. The evaluation is the script's own evaluate().
-docs/tools.md says more.
+Script, arguments and task are the checkpoint's, the evaluation is the script's own: docs/tools.md says more.
 """
 
 import os

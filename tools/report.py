@@ -2,7 +2,7 @@
 
     python tools/report.py runs/grid --output report
 
-writes report/report.md and curves.png; the same runs give the same bytes.
+writes report/report.md, curves.png and selection.png; the same runs give the same bytes.
 """
 
 import json
@@ -32,6 +32,10 @@ ABOUT_CURVES = """
 Thick: mean over the seeds; shaded: its 95 % bootstrap interval; thin: each seed; dashed: the data's mean.
 
 ![Learning curves](curves.png)
+
+The same of RAT, the mean of the last ten evaluations so far; dotted: OMS, the best one so far.
+
+![RAT and OMS](selection.png)
 """
 
 
@@ -40,7 +44,7 @@ class Args:
     """A table of scores and learning curves of all runs in some folders."""
 
     folders: Annotated[list[str], tyro.conf.Positional]  # searched for runs, at any depth
-    output: Path = Path("report")  # folder for report.md and curves.png
+    output: Path = Path("report")  # folder for report.md and the pictures
     unfinished: bool = False  # count runs that are not finished, too, as far as they have come
 
 
@@ -203,8 +207,8 @@ def write_report(groups: list[Group], problems: list[str], folders: list[str]) -
 
 
 # === The curves ===
-def draw(groups: list[Group]):
-    """A panel for each task, with the seeds and intervals of each group; each script has its colour."""
+def draw(groups: list[Group], selection: bool = False):
+    """A panel for each task, with the seeds and intervals of each group, or of its RAT, and OMS."""
     tasks, labels = sorted({group.task for group in groups}), sorted({group.label for group in groups})
     columns = min(3, len(tasks))
     width, rows = max(6.0, 4.4 * columns), math.ceil(len(tasks) / columns)  # in inches
@@ -223,6 +227,9 @@ def draw(groups: list[Group]):
             variants = sorted({each.label for each in groups if each.one.script == group.one.script})
             marker = MARKERS[variants.index(group.label) % len(MARKERS)] or ("." if len(steps) == 1 else "")
             look = {"color": color, "marker": marker, "markersize": 4, "markevery": 1 + len(steps) // 10}
+            if selection and steps:
+                ax.plot(steps, np.maximum.accumulate(values).mean(-1), linestyle=":", color=color)
+                values = np.array([values[max(0, i - 9) : i + 1].mean(0) for i in range(len(steps))])
             [lines[group.label]] = ax.plot(steps, values.mean(-1), linewidth=2, **look)
             if len(curves) > 1 and steps:
                 ax.plot(steps, values, linewidth=0.6, alpha=0.5, color=color)
@@ -244,10 +251,11 @@ def main(args: Args) -> None:
     if not groups:
         advice = "" if args.unfinished else "\n--unfinished counts runs as far as they have come"
         raise UserError("no run counts:\n  " + "\n  ".join(problems) + advice)
-    toolbox.write_output(args.output / "curves.png", toolbox.png(draw(groups)))
+    for name, selection in (("curves", False), ("selection", True)):
+        toolbox.write_output(args.output / f"{name}.png", toolbox.png(draw(groups, selection)))
     text = write_report(groups, problems, args.folders).encode(errors="surrogateescape")
     toolbox.write_output(args.output / "report.md", text)
-    print(*problems, f"{len(problems)} problems; report.md and curves.png are in {args.output}", sep="\n")
+    print(*problems, f"{len(problems)} problems; report.md and its pictures are in {args.output}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
+import numpy as np
 import torch
 import tyro
 
@@ -149,15 +149,11 @@ def main(args: Args) -> None:
         import gpu  # loads scripts and tests
 
         return gpu.main()
-    rounds = measure(args)
+    rates = np.array(measure(args))  # (rounds, scripts, 2)
     print(f"{args.rounds} rounds of {args.seconds:g} s\n")
-    rows = []
-    for i, command in enumerate(args.commands):
-        cells = []
-        for which in (0, 1):
-            cells.append(f"{median(rates[i][which] for rates in rounds):.1f}")
-            cells.append(f"{median(rates[i][which] / rates[0][which] for rates in rounds):.2f}")
-        rows.append([f"`{command}`", *cells])
+    medians, ratios = np.median(rates, axis=0), np.median(rates / rates[:, :1], axis=0)
+    cells = [[f"{rate:.1f}", f"{ratio:.2f}"] for rate, ratio in zip(medians.flat, ratios.flat, strict=True)]
+    rows = [[f"`{each}`", *cells[2 * i], *cells[2 * i + 1]] for i, each in enumerate(args.commands)]
     header = ["script and arguments", "training steps/s", "ratio", "policy calls/s", "ratio"]
     print("\n".join(toolbox.table(header, rows)))
 
