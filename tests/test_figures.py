@@ -7,6 +7,7 @@ import claims
 import pytest
 import speed
 
+from common.cli import UserError
 from common.envs import make_env
 
 trained_as_a_script = claims.trained
@@ -32,3 +33,11 @@ def test_a_claim(name, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 1 or name == "dtql_trust_region"
     assert "nan" not in str(lines)
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(UserError, match="there is no claim 'dac_ensembles'; nearest names: dac_ensemble"):
+        claims.main(claims.Args("dac_ensembles", tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/file/edp_speed.png: "):
+        claims.main(claims.Args("edp_speed", tmp_path / "file"))
