@@ -22,12 +22,11 @@ def load_checkpoint(path: Path) -> dict:
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        version = checkpoint["format"]
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(f"format {checkpoint['format']}, not {FORMAT}")
     except Exception as error:  # whatever a damaged file provokes
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path} cannot be read, or is no checkpoint, or a damaged one ({reason})") from error
-    if version != FORMAT:
-        raise UserError(f"{path} is of another version of this project: format {version}, not {FORMAT}")
+        raise UserError(f"{path} is damaged, no checkpoint, or of another version ({reason})") from error
     return checkpoint
 
 
@@ -59,12 +58,11 @@ def restore(run, path: Path, data: dict) -> None:
             own = optimizer.state_dict()["param_groups"]  # of this device and these arguments
             optimizer.load_state_dict(saved["optimizers"][name] | {"param_groups": own})
         run.agent.set_step(run.step - 1)
-        run.losses = list(saved["losses"].to(run.agent.device))
+        run.names, run.losses = saved["loss_names"], list(saved["losses"].to(run.agent.device))
         torch.set_rng_state(saved["rng"])
         if run.agent.device.type == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"], run.agent.device)
         if run.memory:
             run.memory.load(run.folder, saved["memory"])
     except Exception as error:  # whatever other sizes provoke
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} is damaged or does not fit: {reason}") from error
+        raise UserError(f"{path} does not fit: {str(error).splitlines()[-1].strip()}") from error

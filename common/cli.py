@@ -62,9 +62,8 @@ def check_bounds(args: object) -> None:
 def task_row(env_id: str, task_settings: TaskSettings) -> tuple[dict[str, object], str]:
     """The row of a task, and what to call it: task, row (<its name>), or nothing if there is none.
 
-    A task without a row of its own gets that of the papers' version of it, or that of its domain: for
-    antmaze-umaze-v2 and Minari's D4RL/antmaze/umaze-v1 antmaze-umaze-v0, else antmaze. Environments have a
-    domain, too: AntMaze_UMaze-v4 is of antmaze, AdroitHandDoor-v1 of adroit, FrankaKitchen-v1 of kitchen.
+    Without a row of its own it gets that of the papers' version of it, or of its domain: antmaze-umaze-v2 and
+    Minari's D4RL/antmaze/umaze-v1 that of antmaze-umaze-v0, else antmaze's; AdroitHandDoor-v1 adroit's.
     """
     family, *words = re.split("[-/_]", re.sub("^(D4RL/|AdroitHand|Franka)", "", env_id))
     domain, version = DOMAINS.get(family.lower(), ("", ""))

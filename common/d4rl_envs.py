@@ -1,8 +1,7 @@
 """D4RL's environments, on top of those that are maintained today: Gymnasium's and Gymnasium-Robotics'.
 
-Observations, rewards, starts, goals, horizons and ends of episodes are D4RL's. docs/tasks.md lists, for each
-domain, what still differs. The original's source: github.com/Farama-Foundation/D4RL, d4rl/{gym_mujoco,
-locomotion,hand_manipulation_suite,kitchen}.
+Observations, rewards, starts, goals, horizons and ends of episodes are D4RL's (its d4rl/locomotion,
+hand_manipulation_suite and kitchen); docs/tasks.md lists, for each domain, what still differs.
 """
 
 import contextlib
@@ -44,7 +43,7 @@ def make_d4rl_env(task: str, **options) -> gymnasium.Env:
         return Adroit(family, **options)
     if family == "kitchen":
         return Kitchen(variant[0], **options)
-    raise LookupError(f"the environments of {family} are not part of this version")
+    raise LookupError(f"the environments of {family} are not rebuilt here")
 
 
 class AntMaze(gymnasium.Wrapper):

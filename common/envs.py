@@ -85,7 +85,7 @@ def original_env(task: Task, options: dict) -> gymnasium.Env:
     if task.kind == "bandit":
         from common.bandits import Bandit
 
-        return Bandit(task.name)
+        return Bandit(task.name, **options)
     env_id, options = task.name.rpartition(":")[2], {"max_episode_steps": task.horizon} | options
     if task.kind == "d4rl":
         if task.family not in ROBOTS:
@@ -104,7 +104,7 @@ def original_env(task: Task, options: dict) -> gymnasium.Env:
 
 
 def parse_kwargs(words: tuple[str, ...]) -> dict[str, Any]:
-    """Arguments of an environment from key=value, where a value is JSON or text. UserError: no value."""
+    """Arguments of an environment from key=value; a value is JSON, Python's or text. UserError: no value."""
     found: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -113,5 +113,5 @@ def parse_kwargs(words: tuple[str, ...]) -> dict[str, Any]:
         try:
             found[key] = json.loads(value)
         except ValueError:
-            found[key] = value
+            found[key] = {"True": True, "False": False, "None": None}.get(value, value)
     return found

@@ -26,15 +26,17 @@ def read_own(path: Path, task: Task, low: float, high: float) -> dict[str, np.nd
         advice = "--dataset takes an HDF5 file or a Minari id; in a resumed run it is the checkpoint's"
         raise UserError(f"there is no file {path} (seen from {os.getcwd()}); {advice}")
     with h5py.File(path) as file:
-        if missing := [name for name in FIELDS if name not in file]:
+        cut = ["timeouts"] if {"truncations", "truncated"} & file.keys() else []  # by Gymnasium's name
+        if missing := [name for name in [*FIELDS, *cut] if name not in file]:
             raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(file) or 'nothing'}")
         known = [name for name in [*FIELDS, "timeouts", "next_observations"] if name in file]
         if ignored := sorted(file.keys() - known):
             print(f"{path}: ignored {', '.join(ignored)}")
         for name in known:  # HDF5 reads zeros for rows that are not there
-            written = file[name].id.get_space_status() == h5py.h5d.SPACE_STATUS_ALLOCATED
-            if file[name].is_virtual or file[name].size and not written:
-                raise UserError(f"{path}: {name} has rows that were never written or are in other files")
+            column, allocated = file[name], h5py.h5d.SPACE_STATUS_ALLOCATED
+            is_here = isinstance(column, h5py.Dataset) and not (column.is_virtual or column.external)
+            if not is_here or column.size and column.id.get_space_status() != allocated:
+                raise UserError(f"{path}: {name} is no array, or has rows never written or in other files")
         rows = check_fields(path, {name: file[name][()] for name in known})
     terminals = rows["terminals"].astype(bool)
     if "timeouts" in rows:
@@ -141,6 +143,7 @@ def check_fields(source: str | Path, fields: dict[str, np.ndarray]) -> dict[str,
         if not is_vector and values.shape == (num_rows, 1):
             values = values[:, 0]
         wrong_shape = values.ndim != 1 + is_vector or len(values) != num_rows or values.size == 0
+        wrong_shape |= name == "next_observations" and values.shape != fields["observations"].shape
         if wrong_shape or values.dtype.kind not in "biuf":
             found, size = f"{values.dtype}{values.shape}", " size" if is_vector else ""
             raise UserError(f"{source}: {name} is {found}, not numbers shaped ({num_rows},{size})")
@@ -157,8 +160,8 @@ def check_fields(source: str | Path, fields: dict[str, np.ndarray]) -> dict[str,
 def to_unit_box(source: str | Path, actions: np.ndarray, low, high, advice: str) -> np.ndarray:
     """Actions (N, action_dim) from [low, high] to [-1, 1]. UserError: more than a trace is outside."""
     low, high, actions = (np.asarray(each, np.float64) for each in (low, high, actions))
-    if not (low < high).all():
-        raise UserError(f"{advice} are {low} and {high}; the first must be the lower one")
+    if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
+        raise UserError(f"{advice} are {low} and {high}; the first must be the lower one, both finite")
     scaled = (actions - (low + high) / 2) / ((high - low) / 2)
     outside = np.abs(scaled) > 1 + 1e-3  # what rounding leaves outside is no mistake
     if outside.mean() > 0.01:

@@ -128,7 +128,7 @@ class Run:
             restore(self, path, about)
         self.announce(sources_of(args, task_settings))
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)  # these come again
-        self.started, self.seconds_before = time.time(), self.results["train_seconds"]
+        self.first, self.started, self.seconds_before = self.step, time.time(), self.results["train_seconds"]
         counts = {"initial": self.step - first_step, "total": args.total_steps - first_step}
         self.bar = tqdm(**counts, unit="step", mininterval=0.1 if sys.stderr.isatty() else 60)  # seconds
 
@@ -185,6 +185,7 @@ class Run:
         for name, value in values.items():
             if isinstance(value, float):
                 self.writer.add_scalar(f"{group}/{name}", value, self.step)
+        self.writer.flush()  # before a checkpoint, after which it is not drawn again
 
     def log_losses(self) -> None:
         """The mean losses since the last call, as losses/*. UserError: one is not finite."""
@@ -192,7 +193,7 @@ class Run:
         if self.losses:
             self.results["losses"] = dict(zip(self.names, losses.mean(0).tolist(), strict=True))
             self.add_to_curves("losses", self.results["losses"])
-            speed = (self.bar.n - self.bar.initial) / (time.time() - self.started)
+            speed = (self.step - self.first) / (time.time() - self.started)
             self.add_to_curves("charts", {"steps_per_second": speed})
         self.losses = []
 
@@ -205,13 +206,13 @@ class Run:
         found["normalized_score"] = scored(mean, self.reference)["score"]
         evaluation = {"step": self.step} | evaluation | found
         self.results["evaluations"].append(evaluation)
-        self.add_to_curves("eval", evaluation)
         if mean == max(each["return_mean"] for each in self.results["evaluations"]):
             weights = {name: value.clone() for name, value in self.agent.state_dict().items()}
             self.best = {"step": self.step, "agent": weights}
         self.bar.write(f"step {self.step:,}: return {mean:.5g} +- {spread:.4g}, {self.summary()}")
-        if self.bar.n == self.bar.initial:  # one that the checkpoint lacked: now it is drawn, and not again
+        if self.step == self.first:  # the checkpoint lacked it; from now on it is drawn, and not again
             self.save()
+        self.add_to_curves("eval", evaluation)
 
     def summary(self) -> str:
         """The scores of the evaluations, for the screen."""
@@ -237,7 +238,6 @@ class Run:
     def save(self, name: str = "checkpoint.pt") -> None:
         """Write checkpoint, best.pt and results.json. UserError: a loss is not finite, or the disk full."""
         losses, device = self.checked_losses(), self.agent.device
-        self.writer.flush()  # the curves' files have what is not drawn again
         about = {"format": FORMAT, "step": self.step, "total_steps": self.args.total_steps}
         about["finished"] = self.step == self.args.total_steps and not self.evaluation_due()
         about["train_seconds"] = self.seconds_before + time.time() - self.started
@@ -250,6 +250,7 @@ class Run:
             "agent": self.agent.state_dict(),
             "optimizers": {each: optimizer.state_dict() for each, optimizer in self.agent.optimizers.items()},
             "memory": self.memory.save(self.folder) if self.memory else None,
+            "loss_names": self.names,
             "losses": losses,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,

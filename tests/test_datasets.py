@@ -202,8 +202,9 @@ def test_a_trace_outside_is_clipped_and_counted(tmp_path, capsys):
     actions = np.full((10, 1), 1 + 1e-6)
     assert own(pendulum_file(tmp_path / "data.hdf5", actions), "Pendulum-v1").actions.max() == 1
     assert "action values to [-1, 1]" in capsys.readouterr().out
-    with pytest.raises(UserError, match="the first must be the lower one"):
-        own(tmp_path / "data.hdf5", "Pendulum-v1", action_bounds=(1, -1))
+    for bounds in ((1, -1), (-np.inf, np.inf), (-1, np.nan)):
+        with pytest.raises(UserError, match="the first must be the lower one, both finite"):
+            own(tmp_path / "data.hdf5", "Pendulum-v1", action_bounds=bounds)
 
 
 # --- Files that cannot be used ---
@@ -222,6 +223,8 @@ NAN_ROW[4, 2] = np.nan
         ({"rewards": np.array([b"one"] * 10)}, "rewards is .*not numbers"),
         ({"terminals": np.full(10, 0.5)}, "terminals has 0.5 to 0.5; it must be 0 or 1"),
         ({"timeouts": np.ones(10, bool)}, "no transition: 10 rows, 10 of them timeouts"),
+        ({"timeouts": None, "truncations": np.ones(10, bool)}, "lacks timeouts; it has .*, truncations"),
+        ({"next_observations": np.zeros((10, 12))}, r"next_observations is float64\(10, 12\)"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:overflow")
@@ -238,18 +241,27 @@ def add_virtual(file):
     file.create_virtual_dataset("observations", layout)
 
 
+def add_external(file):
+    """Rows that are in any other file, here the first bytes of this one."""
+    file.create_dataset("observations", (10, 11), np.uint8, external=[(__file__, 0, 110)])
+
+
+def add_group(file):
+    file.create_group("observations")
+
+
 def add_half(file):
     """Chunks of which only the first was written."""
     file.create_dataset("observations", (10, 11), np.float32, chunks=(5, 11), compression="gzip")[:5] = 1
 
 
-@pytest.mark.parametrize("add", [add_virtual, add_half])
+@pytest.mark.parametrize("add", [add_virtual, add_external, add_group, add_half])
 def test_rows_that_were_never_written(add, tmp_path):
     """HDF5 reads them as zeros, without a word."""
     path = write(tmp_path / "data.hdf5", observations=None)
     with h5py.File(path, "a") as file:
         add(file)
-    with pytest.raises(UserError, match=f"^{path}: .*observations has rows that were never written"):
+    with pytest.raises(UserError, match=f"^{path}: .*observations is no array, or has rows never written"):
         own(path)
 
 

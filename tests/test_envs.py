@@ -96,6 +96,9 @@ def test_arguments_of_an_environment(tmp_path):
     assert (env.unwrapped._healthy_reward, env.unwrapped._healthy_z_range) == (3.0, [0.6, 9])
     assert env.spec.max_episode_steps == 7
     assert make_env("Walker2d-v5", "xml_file=walker2d_v5.xml").spec.kwargs["xml_file"] == "walker2d_v5.xml"
+    assert not make_env("Hopper-v5", "terminate_when_unhealthy=False").unwrapped._terminate_when_unhealthy
+    with pytest.raises(UserError, match="cannot make the environment of bandit-moons-v0: .*wings"):
+        make_env("bandit-moons-v0", "wings=2")
     with pytest.raises(UserError, match="--env-kwargs healthy_reward is not key=value, such as"):
         make_env("Hopper-v4", "healthy_reward")
     with pytest.raises(UserError, match="cannot make the environment of Hopper-v4: .*unexpected keyword"):

@@ -87,7 +87,7 @@ def make_rendered_env(args) -> gym.Env:
         if not isinstance(env.render(), np.ndarray):
             raise TypeError("it has no rgb_array rendering")
     except Exception as error:  # of OpenGL, or of a package that draws and is not installed
-        reason = f"{args.env_id} cannot be drawn here: {error or type(error)}"
+        reason = f"{args.env_id} cannot be drawn here: {str(error) or type(error).__name__}"
         raise UserError(f"--video: {reason}; {OPENGL}") from error
     return env
 

@@ -81,7 +81,7 @@ def find_runs(folders: list[str]) -> list[RecordedRun]:
     """All runs, in the order of their folders' names. UserError: there are none, or one cannot be read."""
     found = {path.parent.resolve() for folder in folders for path in Path(folder).rglob("config.json")}
     if not found:
-        raise UserError(f"there is no run in {', '.join(folders)} or below: no config.json")
+        raise UserError(f"there is no run in {', '.join(folders) or 'no folder'} or below: no config.json")
     return [toolbox.read_run(folder) for folder in sorted(found, key=lambda each: (each.name, str(each)))]
 
 
@@ -237,7 +237,8 @@ def draw(groups: list[Group], selection: bool = False):
         if members[0].one.data_score is not None:
             ax.axhline(members[0].one.data_score, color="gray", linestyle="--", linewidth=0.8)
         ax.locator_params(axis="x", nbins=6)
-        ax.set(xlabel="steps", ylabel="normalized score" if members[0].one.unit == "score" else "return")
+        unit = "normalized score" if members[0].one.unit == "score" else "return"
+        ax.set(xlabel="steps", ylabel=f"{unit}: RAT, dotted OMS" if selection else unit)
         ax.grid(alpha=0.3)
     seeds = {label: sorted({len(each.runs) for each in groups if each.label == label}) for label in labels}
     names = [f"{label}, n = {', '.join(map(str, counts))}" for label, counts in seeds.items()]
