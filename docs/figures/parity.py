@@ -35,7 +35,7 @@ from common.cli import NonNegative, Positive, UserError, check_bounds, parse_arg
 
 AUTHORS = ROOT / "docs" / "parity" / "authors"
 SCRIPTS = 6  # are tested: their p-values are multiplied by this (Bonferroni)
-SHOWN = ("score", "bc_loss", "critic_loss", "q_mean", "actor_q", "q_loss")  # in the figures of several scripts
+SHOWN = ("score", "bc_loss", "critic_loss", "q_mean", "actor_q", "q_loss")  # in pictures of several scripts
 CHOSEN = {"env_id", "seed", "dataset", "total_steps", "eval_every", "eval_episodes"}  # free in a long run
 Points = dict[str, list[float]]  # quantity -> the mean of each interval; of score, what it is at the end
 
