@@ -398,7 +398,7 @@ def qvpo_entropy(seeds):
 
 
 def qvpo_ablations(seeds):
-    """QVPO's entropy term, diffusion steps and numbers of candidates, balancing a pendulum. An hour."""
+    """QVPO's entropy term, diffusion steps and numbers of candidates, balancing a pendulum. Four hours."""
     figure, panels = curves("Fig. 4: T, N_e", "Fig. 5: K_b, K_t")
     run = partial(compare, seeds=seeds, key="return_mean", script="qvpo_online", task="InvertedPendulum-v5")
     pairs = [(count, uniform) for count in (5, 20) for uniform in (10, 0)]
