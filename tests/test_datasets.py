@@ -242,7 +242,6 @@ def add_virtual(file, name):
 
 
 def add_external(file, name):
-    """Rows that are in any other file, here the first bytes of this one."""
     file.create_dataset(name, (10, 11), np.uint8, external=[(__file__, 0, 110)])
 
 

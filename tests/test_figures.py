@@ -16,8 +16,9 @@ trained_as_a_script = claims.trained
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Runs of a few steps, short evaluations; speeds of 1, 2, ... updates/s and 10, 20, ... actions/s."""
-    short = SimpleNamespace(env_kwargs=("max_episode_steps=3",))
-    monkeypatch.setattr(claims, "make_env", lambda task, args: make_env(task, short))
+    short, bandits = SimpleNamespace(env_kwargs=("max_episode_steps=3",)), SimpleNamespace(env_kwargs=())
+    given = {"bandit": bandits}  # which have no steps to cut
+    monkeypatch.setattr(claims, "make_env", lambda task, args: make_env(task, given.get(task.kind, short)))
     monkeypatch.setattr(claims, "trained", partial(trained_as_a_script, eval_episodes=1))
     monkeypatch.setattr(claims, "SHARE", 0.0004)
     rates = [[[1.0 + i, 10.0 + 10 * i] for i in range(10)]]
