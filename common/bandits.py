@@ -52,8 +52,8 @@ def sample_bandit(task: str, seed: int, size: int = 10_000) -> dict[str, np.ndar
 class Bandit(gymnasium.Env):
     """A bandit as an environment: one state, zero, and episodes of one step."""
 
-    def __init__(self, task: str):
-        self.task = task
+    def __init__(self, task: str, render_mode: str | None = None):
+        self.task, self.render_mode = task, render_mode
         self.observation_space = Box(-1, 1, (1,))
         self.action_space = Box(-1, 1, (2,))
 

@@ -127,7 +127,7 @@ class Run:
 
             restore(self, path, about)
         self.announce(sources_of(args, task_settings))
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)  # these come again
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)  # from there on drawn anew
         self.first, self.started, self.seconds_before = self.step, time.time(), self.results["train_seconds"]
         counts = {"initial": self.step - first_step, "total": args.total_steps - first_step}
         self.bar = tqdm(**counts, unit="step", mininterval=0.1 if sys.stderr.isatty() else 60)  # seconds
