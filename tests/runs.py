@@ -82,9 +82,6 @@ def train(run_dir, script, **changes):
 
 def resume(path, script, **changes):
     """What `--resume <path>` does, with the changes as further arguments."""
-    # TensorBoard reads event files of one second in the order of their numbers as text, 10 before 9.
-    while os.path.isdir(path) and list(Path(path).glob(f"events.*.{int(time.time())}.*")):
-        time.sleep(0.05)
     return script.train(parse_args(script.Args, script.TASK_SETTINGS, to_words(resume=path, **changes)))
 
 
@@ -117,6 +114,9 @@ def results_of(folder):
 
 def curves_of(folder):
     """Tag -> list of (step, value), from the TensorBoard events; without the speed, which varies."""
+    for path in Path(folder).glob("events.*"):  # those of one second it reads by their numbers, 10 before 9
+        *name, pid, number = path.name.split(".")
+        path.rename(path.with_name(".".join([*name, pid.zfill(9), number.zfill(9)])))
     events = EventAccumulator(str(folder)).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag != "charts/steps_per_second"]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}

@@ -138,10 +138,9 @@ def test_learning_rates_fall_if_they_are_to(script, lr_decay):
 SHORT = dict(total_steps=400, hidden_dims=(64, 64), batch_size=256, diffusion_steps=5)
 OF_DAC = SHORT | dict(tau=0.005, critic_lr=3e-3, eta=3.0, reward_tune="iql_locomotion")
 OF_DQL = SHORT | dict(tau=0.03, critic_lr=3e-3, reward_tune="normalize", lr_decay=True)
-WITH_Q = {
+WITH_Q = {  # DTQL learns it in docs/notebook.ipynb, QVPO in test_qvpo_online.py
     dac: OF_DAC | dict(num_action_samples=10),
     diffusion_ql: OF_DQL | dict(num_action_samples=50),
-    dtql: dict(pretrain_steps=200, total_steps=400),
     edp_td3: dict(total_steps=1_250, dpm_calls=6),
     **{script: dict(total_steps=1_000, dpm_calls=6) for script in (edp_crr, edp_iql)},
 }

@@ -13,10 +13,10 @@ import line
 import minari
 import numpy as np
 import pytest
-from runs import finish, folder_in, load_script, python, results_of, tiny_settings
+from runs import load_script, tiny_settings
 
-import toolbox
-from common.cli import UserError
+import dac
+from common.cli import UserError, parse_args
 from common.datasets import load_dataset
 from common.envs import make_env
 from common.tasks import find_task
@@ -163,20 +163,17 @@ def test_a_module_registers_a_class_whose_observations_share_a_buffer(hdf5, run,
     ],
 )
 def test_the_printed_command_works(env_id, options, run, tmp_path, monkeypatch, capsys):
-    """In a process of its own; with the dataset's scores, and episodes as long as the recorded ones."""
+    """With the dataset's scores, and episodes as long as the recorded ones."""
     monkeypatch.chdir(tmp_path)
     run(env_id=env_id, **{"kinds": ("random", "expert"), "total_steps": 60} | options)
     [command] = [line for line in capsys.readouterr().out.splitlines() if "python dac.py" in line]
     words = shlex.split(command.partition("python dac.py ")[2])
     assert ("--dataset" in words) == ("line:" in env_id or "hdf5" in options)
     tiny = "--total-steps 4 --batch-size 4 --num-qs 2 --hidden-dims 8 --eval-episodes 1 --eval-every 4"
-    words += shlex.split(tiny)
-    paths = {"PYTHONPATH": str(Path(line.__file__).parent), "D4RL_DATASET_DIR": os.devnull}
-    code, out, err = finish(python(toolbox.ROOT / "dac.py", *words, env=paths))
-    assert code == 0, err
-    results = results_of(folder_in("runs"))
+    monkeypatch.setenv("D4RL_DATASET_DIR", os.devnull)
+    results = dac.train(parse_args(dac.Args, dac.TASK_SETTINGS, [*words, *tiny.split()]))
     assert results["evaluations"][0]["lengths"] == [7]
-    assert (results["reference_returns"] is None) == ("hdf5" in options), out
+    assert (results["reference_returns"] is None) == ("hdf5" in options)
 
 
 def test_a_training_that_has_not_learned(run, monkeypatch, capsys):

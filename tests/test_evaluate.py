@@ -118,12 +118,10 @@ def test_video(finished, tmp_path, capsys):
 
 
 def test_opengl_that_is_not_there(tmp_path):
-    """MUJOCO_GL matters to a film alone, and is named there."""
+    """MUJOCO_GL is named where a film is wanted."""
     run, nonsense = run_of("dac", tmp_path, "InvertedPendulum-v5", obs_dim=4), {"MUJOCO_GL": "bogus"}
-    words = [evaluate.__file__, run, "--episodes", 2]
-    code, out, err = finish(python(*words, env=nonsense))
-    assert (code, err) == (0, "") and "2 episodes" in out
-    code, out, err = finish(python(*words, "--video", tmp_path / "film.mp4", env=nonsense))
+    words = [evaluate.__file__, run, "--episodes", 2, "--video", tmp_path / "film.mp4"]
+    code, _, err = finish(python(*words, env=nonsense))
     assert code == 2 and err.startswith("error: cannot make the environment of InvertedPendulum-v5: ")
     assert "MUJOCO_GL is bogus" in err and err.count("\n") == 2
 
