@@ -1,1 +1,0 @@
-"""What all scripts share, and no algorithm: names, data, environments, scores, runs, the processor."""

@@ -54,8 +54,7 @@ class Bandit(gymnasium.Env):
 
     def __init__(self, task: str, render_mode: str | None = None):
         self.task, self.render_mode = task, render_mode
-        self.observation_space = Box(-1, 1, (1,))
-        self.action_space = Box(-1, 1, (2,))
+        self.observation_space, self.action_space = Box(-1, 1, (1,)), Box(-1, 1, (2,))
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         super().reset(seed=seed)

@@ -52,6 +52,8 @@ def load_dataset(task: Task, dataset: str | None = None, seed: int = 0, action_b
     and 1 of the policy are in such a file. `seed` is for the bandits, which are generated.
     """
     source, reference = dataset or task.name, reference_returns(task.name)
+    if tuple(action_bounds) != (-1, 1) and (dataset is None or is_minari_id(dataset)):
+        raise UserError(f"--action-bounds are those of an HDF5 file, --dataset; {source} knows its own")
     try:
         if is_minari_id(source):
             from common.other_data import read_minari
@@ -70,7 +72,7 @@ def load_dataset(task: Task, dataset: str | None = None, seed: int = 0, action_b
             fields = sample_bandit(task.name, seed)
         else:
             raise UserError(f"{task.name} has no transitions of its own: name a file or id with --dataset")
-    except OSError as error:  # HDF5's
+    except (OSError, KeyError) as error:  # HDF5's: no such file, one that is not whole, no such field
         raise UserError(f"cannot read the data of {source}: {error}") from error
     arrays = {name: np.asarray(values, np.float32) for name, values in fields.items()}
     name = task.name if dataset is None else f"{task.name} with the data of {dataset}"

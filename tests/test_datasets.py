@@ -95,6 +95,8 @@ def test_fields_of_the_dataset(of_d4rl):
     arrays = [value for value in vars(data).values() if isinstance(value, np.ndarray)]
     assert [array.dtype for array in arrays] == [np.float32] * 7
     assert all(array.flags.c_contiguous for array in arrays)
+    with pytest.raises(UserError, match=f"cannot read the data of {HOPPER}: .*rewards"):
+        of_d4rl(rewards=None)
 
 
 # --- A user's file ---
@@ -205,6 +207,8 @@ def test_a_trace_outside_is_clipped_and_counted(tmp_path, capsys):
     for bounds in ((1, -1), (-np.inf, np.inf), (-1, np.nan)):
         with pytest.raises(UserError, match="the first must be the lower one, both finite"):
             own(tmp_path / "data.hdf5", "Pendulum-v1", action_bounds=bounds)
+    with pytest.raises(UserError, match="--action-bounds are those of an HDF5 file, .*v0 knows its own"):
+        load_dataset(find_task("bandit-moons-v0"), action_bounds=(-2, 2))
 
 
 # --- Files that cannot be used ---
