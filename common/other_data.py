@@ -34,7 +34,7 @@ def read_own(path: Path, task: Task, low: float, high: float) -> dict[str, np.nd
             print(f"{path}: ignored {', '.join(ignored)}")
         for name in known:  # HDF5 reads zeros for rows that are not there
             column, allocated = file[name], h5py.h5d.SPACE_STATUS_ALLOCATED
-            is_here = isinstance(column, h5py.Dataset) and not (column.is_virtual or column.external)
+            is_here = getattr(column, "shape", None) and not (column.is_virtual or column.external)
             if not is_here or column.size and column.id.get_space_status() != allocated:
                 raise UserError(f"{path}: {name} is no array, or has rows never written or in other files")
         rows = check_fields(path, {name: file[name][()] for name in known})

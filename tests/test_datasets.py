@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from types import SimpleNamespace
 from typing import get_args
 
@@ -245,15 +246,15 @@ def add_virtual(file, name):
     file.create_virtual_dataset(name, layout)
 
 
-def add_external(file, name):
-    file.create_dataset(name, (10, 11), np.uint8, external=[(__file__, 0, 110)])
-
-
 def add_half(file, name):
     file.create_dataset(name, (10, 11), np.float32, chunks=(5, 11), compression="gzip")[:5] = 1
 
 
-@pytest.mark.parametrize("add", [add_virtual, add_external, add_half, h5py.File.create_group])
+ELSEWHERE = dict(shape=(10, 11), dtype=np.uint8, external=[(__file__, 0, 110)])
+NOWHERE = [partial(h5py.File.create_dataset, **each) for each in (ELSEWHERE, dict(data=h5py.Empty("f")))]
+
+
+@pytest.mark.parametrize("add", [add_virtual, add_half, h5py.File.create_group, *NOWHERE])
 def test_rows_that_were_never_written(add, tmp_path):
     """HDF5 reads them as zeros, without a word."""
     path = write(tmp_path / "data.hdf5", observations=None)
