@@ -141,8 +141,7 @@ OF_DQL = SHORT | dict(tau=0.03, critic_lr=3e-3, reward_tune="normalize", lr_deca
 WITH_Q = {  # DTQL learns it in docs/notebook.ipynb, QVPO in test_qvpo_online.py
     dac: OF_DAC | dict(num_action_samples=10),
     diffusion_ql: OF_DQL | dict(num_action_samples=50),
-    edp_td3: dict(total_steps=1_250, dpm_calls=6),
-    **{script: dict(total_steps=1_000, dpm_calls=6) for script in (edp_crr, edp_iql)},
+    **{script: dict(total_steps=1_000, dpm_calls=6) for script in EDP},
 }
 
 

@@ -8,7 +8,7 @@ import gpu
 import pytest
 import speed
 import torch
-from runs import finish, python
+from runs import python
 
 import toolbox
 from common.cli import UserError
@@ -48,10 +48,13 @@ def test_ratios_are_medians_of_those_within_a_round(capsys, monkeypatch):
     assert rows == ["| `dac` | 4.0 | 1.00 | 10.0 | 1.00 |", "| `dtql` | 20.0 | 5.00 | 20.0 | 1.00 |"]
 
 
-def test_a_mistake_of_the_command():
+def test_a_mistake_of_the_command(tmp_path, monkeypatch, capfd):
     """From anywhere, with one message, of the process that makes it."""
-    code, out, err = finish(python(speed.__file__, "dac --num-qs 0", cwd="/"))
-    assert (code, out) == (2, "") and err.startswith("error: dac --num-qs 0: --num-qs is 0; it must be")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        speed.main(speed.Args(["dac --num-qs 0"]))
+    out, err = capfd.readouterr()
+    assert (stop.value.code, out) == (2, "") and err.startswith("error: dac --num-qs 0: --num-qs is 0; it")
     assert err.count("\n") == 1
 
 

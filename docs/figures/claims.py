@@ -398,7 +398,7 @@ def qvpo_entropy(seeds):
 
 
 def qvpo_ablations(seeds):
-    """QVPO's entropy term, diffusion steps and numbers of candidates, balancing a pendulum. Two hours."""
+    """QVPO's entropy term, diffusion steps and numbers of candidates, balancing a pendulum. 2.5 hours."""
     figure, panels = curves("Fig. 4: T, N_e", "Fig. 5: K_b, K_t")
     run = partial(compare, seeds=seeds, key="return_mean", script="qvpo_online", task="InvertedPendulum-v5")
     cheap, pairs = partial(dict, batch_size=64, diffusion_steps=5), [(t, n) for t in (5, 20) for n in (10, 0)]
