@@ -120,8 +120,7 @@ def test_video(finished, tmp_path, capsys):
 def test_opengl_that_is_not_there(tmp_path):
     """MUJOCO_GL is named where a film is wanted."""
     run, nonsense = run_of("dac", tmp_path, "InvertedPendulum-v5", obs_dim=4), {"MUJOCO_GL": "bogus"}
-    words = [evaluate.__file__, run, "--episodes", 2, "--video", tmp_path / "film.mp4"]
-    code, _, err = finish(python(*words, env=nonsense))
+    code, _, err = finish(python(evaluate.__file__, run, "--video", tmp_path / "film.mp4", env=nonsense))
     assert code == 2 and err.startswith("error: cannot make the environment of InvertedPendulum-v5: ")
     assert "MUJOCO_GL is bogus" in err and err.count("\n") == 2
 
