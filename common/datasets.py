@@ -72,7 +72,7 @@ def load_dataset(task: Task, dataset: str | None = None, seed: int = 0, action_b
             fields = sample_bandit(task.name, seed)
         else:
             raise UserError(f"{task.name} has no transitions of its own: name a file or id with --dataset")
-    except (OSError, KeyError) as error:  # HDF5's: no such file, one that is not whole, no such field
+    except (OSError, KeyError, ValueError, RuntimeError) as error:  # HDF5's, and of ragged observations
         raise UserError(f"cannot read the data of {source}: {error}") from error
     arrays = {name: np.asarray(values, np.float32) for name, values in fields.items()}
     name = task.name if dataset is None else f"{task.name} with the data of {dataset}"

@@ -11,7 +11,7 @@ from gymnasium.spaces import Box
 
 from common.cli import UserError
 from common.datasets import Dataset
-from common.tasks import Task, is_minari_id
+from common.tasks import Task, find_task, is_minari_id
 
 ROBOTS = {"hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "halfcheetah": "HalfCheetah-v4"}
 LONGEST_EPISODE = 1_000  # steps, where an environment has no limit of its own
@@ -98,9 +98,8 @@ def original_env(task: Task, options: dict) -> gymnasium.Env:
 
         env_id, own_options = minari_env_spec(task.name)
         options = own_options | {name: value for name, value in options.items() if value is not None}
-    registered = getattr(gymnasium.registry.get(env_id), "max_episode_steps", None)
-    limit = options["max_episode_steps"] or registered or LONGEST_EPISODE
-    return gymnasium.make(env_id, **options | {"max_episode_steps": limit})
+    limits = options["max_episode_steps"], find_task(env_id).horizon, LONGEST_EPISODE  # registers it, too
+    return gymnasium.make(env_id, **options | {"max_episode_steps": next(filter(None, limits))})
 
 
 def parse_kwargs(words: tuple[str, ...]) -> dict[str, Any]:

@@ -106,8 +106,8 @@ def read_minari(dataset_id: str) -> tuple[dict[str, np.ndarray], Reference]:
     fields = check_fields(dataset_id, fields)
     fields["actions"] = to_unit_box(dataset_id, fields["actions"], space.low, space.high, "its action_space")
     fields["episode_returns"] = np.array([np.sum(each.rewards, dtype=float) for each in episodes])
-    known = {"ref_min_score", "ref_max_score"} <= scores.keys()
-    return fields, (float(scores["ref_min_score"]), float(scores["ref_max_score"])) if known else None
+    zero, hundred = (float(scores.get(f"ref_{name}_score", "nan")) for name in ("min", "max"))
+    return fields, (zero, hundred) if zero < hundred else None
 
 
 def flatten(space, values) -> np.ndarray:
@@ -131,7 +131,7 @@ def minari_env_spec(dataset_id: str) -> tuple[str, dict]:
     if others := [name for name in names if name not in ("Monitor", "RecordEpisodeStatistics")]:
         advice = "--eval-episodes 0 trains; --env-id <module>:<Id> --dataset takes an environment of yours"
         raise UserError(f"{dataset_id} was recorded in wrappers, {', '.join(others)}; {advice}")
-    return spec["id"], spec["kwargs"] | {"max_episode_steps": spec["max_episode_steps"]}
+    return spec["id"].rpartition(":")[2], spec["kwargs"] | {"max_episode_steps": spec["max_episode_steps"]}
 
 
 # === Checks of both ===

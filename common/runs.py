@@ -76,7 +76,8 @@ def write_atomically(path: Path, content: dict) -> None:
             os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():  # not where the folder is a file
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {error}; make room or choose another --run-dir") from error
 
 

@@ -95,7 +95,7 @@ def read_run(folder: Path) -> RecordedRun:
         run.finished, run.hours = results["finished"], results["train_seconds"] / 3600
         returns = {each["step"]: float(each["return_mean"]) for each in results["evaluations"]}
         scores = {each["step"]: each["normalized_score"] for each in results["evaluations"]}
-        run.unit = "return" if None in scores.values() else "score"
+        run.unit = "score" if scores and None not in scores.values() else "return"
         run.evaluations = returns if run.unit == "return" else scores
         run.data, run.data_score = results["data"], results["data_mean"]
         if run.unit == "score" and run.data_score is not None:
