@@ -36,6 +36,8 @@ def restore(run, path: Path, data: dict) -> None:
     UserError: the checkpoint is finished, or another run's, or does not fit what the arguments ask for.
     """
     saved, new, args = load_checkpoint(path), run.results, run.args
+    if "optimizers" not in saved:  # a best.pt
+        raise UserError(f"{path} is a policy without its optimizers; only a checkpoint.pt goes on")
     if path.is_file() and path.name != "checkpoint.pt" and (run.folder / "checkpoint.pt").exists():
         raise UserError(f"{run.folder} has a checkpoint.pt; copy {path.name} elsewhere to resume it")
     run.results, run.step = saved["results"], saved["step"]
@@ -47,7 +49,8 @@ def restore(run, path: Path, data: dict) -> None:
         raise UserError(f"{path} is finished, at step {run.step:,}; larger --total-steps add more")
     old = saved["args"] | {"resume": args.resume}
     changed = {name: value for name, value in asdict(args).items() if value != old[name]}
-    if data["data_checksum"] != run.results["data_checksum"] and "dataset" not in changed:
+    is_same = data["data_checksum"] == run.results["data_checksum"]
+    if not is_same and not {"dataset", "action_bounds"} & changed.keys():
         raise UserError(f"the data of {data['data']} changed since the run in {run.folder} began")
     run.results |= data
     if changed:

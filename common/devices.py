@@ -29,7 +29,7 @@ def use_device(name: str, num_threads: int, matmul_precision: str) -> torch.devi
     try:
         device = torch.empty(0, device=chosen).device
         assert device.type in ("cpu", "cuda"), "it is neither cpu nor cuda"
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # for hpu a ModuleNotFoundError
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} is not available: {reason}; try --device cpu") from error
     if device.type == "cuda":

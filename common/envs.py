@@ -7,11 +7,11 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict
 
 from common.cli import UserError
 from common.datasets import Dataset
-from common.tasks import Task, find_task, is_minari_id
+from common.tasks import Task, find_task
 
 ROBOTS = {"hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "halfcheetah": "HalfCheetah-v4"}
 LONGEST_EPISODE = 1_000  # steps, where an environment has no limit of its own
@@ -30,13 +30,9 @@ def make_envs(task: Task, count: int, args: Any, dataset: Dataset | None = None)
     for env in envs[:1]:
         found = [space.shape[0] for space in (env.observation_space, env.action_space)]
         if dataset and found != (sizes := [dataset.observations.shape[1], dataset.actions.shape[1]]):
-            data = f"observations of size {sizes[0]} and actions of size {sizes[1]}"
-            raise UserError(f"the data has {data}, the environment of {task.name} {found[0]} and {found[1]}")
-        bounds = env.unwrapped.action_space
-        is_file = dataset and args.dataset and not is_minari_id(args.dataset)
-        if is_file and ((bounds.low != -1).any() or (bounds.high != 1).any()):
-            there, (low, high) = f"{bounds.low.min():g} to {bounds.high.max():g}", args.action_bounds
-            print(f"{task.name} takes actions from {there}; the file {low:g} to {high:g} (--action-bounds)")
+            raise UserError(f"observations and actions of {task.name} have sizes {found}, the data's {sizes}")
+        if dataset and args.dataset:  # to be compared with what was said of the data
+            print(f"{task.name} takes actions in {env.unwrapped.action_space}")
         if env.spec and task.horizon != env.spec.max_episode_steps == LONGEST_EPISODE:
             print(f"{task.name} is cut after {LONGEST_EPISODE:,} steps; --env-kwargs max_episode_steps=...")
     return envs
@@ -57,6 +53,8 @@ def make_env(task: Task, args: Any, render_mode: str | None = None) -> Any:
     try:
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # Gymnasium's, on its v4
             env: Any = original_env(task, options)
+        if isinstance(env.observation_space, Dict):  # its keys in order, as Minari has them
+            env.observation_space = Dict(dict(env.observation_space.spaces))
         if len(env.observation_space.shape or ()) != 1:  # a Dict has no shape
             env = gymnasium.wrappers.FlattenObservation(env)
     except UserError:
@@ -99,7 +97,8 @@ def original_env(task: Task, options: dict) -> gymnasium.Env:
         env_id, own_options = minari_env_spec(task.name)
         options = own_options | {name: value for name, value in options.items() if value is not None}
     limits = options["max_episode_steps"], find_task(env_id).horizon, LONGEST_EPISODE  # registers it, too
-    return gymnasium.make(env_id, **options | {"max_episode_steps": next(filter(None, limits))})
+    limit = next(steps for steps in limits if steps is not None)  # Gymnasium refuses 0
+    return gymnasium.make(env_id, **options | {"max_episode_steps": limit})
 
 
 def parse_kwargs(words: tuple[str, ...]) -> dict[str, Any]:

@@ -39,10 +39,8 @@ def read_own(path: Path, task: Task, low: float, high: float) -> dict[str, np.nd
                 raise UserError(f"{path}: {name} is no array, or has rows never written or in other files")
         rows = check_fields(path, {name: file[name][()] for name in known})
     terminals = rows["terminals"].astype(bool)
-    if "timeouts" in rows:
-        timeouts = rows["timeouts"].astype(bool)
-    else:
-        timeouts = cut_at_horizon(terminals, task.horizon)
+    timeouts = rows.get("timeouts", cut_at_horizon(terminals, task.horizon)).astype(bool)
+    if "timeouts" not in rows:
         limit = f", or after {task.horizon:,} steps as in {task.name}" if task.horizon else ""
         print(f"{path} has no timeouts: an episode ends where it is terminal{limit}")
     if "next_observations" in rows:
@@ -56,6 +54,7 @@ def read_own(path: Path, task: Task, low: float, high: float) -> dict[str, np.nd
         print(f"{path}: a next observation is that of the row below{dropped if len(lost) else ''}")
     if keep.size == 0:
         raise UserError(f"{path} has no transition: {len(timeouts)} rows, {timeouts.sum()} of them timeouts")
+    print(f"{path} has actions from {low:g} to {high:g} (--action-bounds)")
     fields = transitions(task, rows, timeouts, keep, next_observations)
     return fields | {"actions": to_unit_box(path, fields["actions"], low, high, "--action-bounds")}
 
@@ -93,6 +92,7 @@ def read_minari(dataset_id: str) -> tuple[dict[str, np.ndarray], Reference]:
     space, scores = data.action_space, data.storage.metadata
     if not (isinstance(space, Box) and len(space.shape) == 1 and space.is_bounded()):
         raise UserError(f"{dataset_id}: actions {space} are not a bounded continuous vector (Box)")
+    print(f"{dataset_id} has actions in {space}")
     episodes = list(data.iterate_episodes())
     observations = [flatten(data.observation_space, each.observations) for each in episodes]  # T + 1 each
     fields = {
@@ -161,7 +161,7 @@ def to_unit_box(source: str | Path, actions: np.ndarray, low, high, advice: str)
     """Actions (N, action_dim) from [low, high] to [-1, 1]. UserError: more than a trace is outside."""
     low, high, actions = (np.asarray(each, np.float64) for each in (low, high, actions))
     if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
-        raise UserError(f"{advice} are {low} and {high}; the first must be the lower one, both finite")
+        raise UserError(f"{source}: {advice} {low} and {high} must be finite, the first the lower one")
     scaled = (actions - (low + high) / 2) / ((high - low) / 2)
     outside = np.abs(scaled) > 1 + 1e-3  # what rounding leaves outside is no mistake
     if outside.mean() > 0.01:

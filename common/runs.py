@@ -76,7 +76,7 @@ def write_atomically(path: Path, content: dict) -> None:
             os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file
         temporary.replace(path)
     except OSError as error:
-        if temporary.exists():  # not where the folder is a file
+        with contextlib.suppress(OSError):  # it is not there, or the folder is a file
             temporary.unlink()
         raise UserError(f"cannot write {path}: {error}; make room or choose another --run-dir") from error
 
@@ -211,7 +211,7 @@ class Run:
             weights = {name: value.clone() for name, value in self.agent.state_dict().items()}
             self.best = {"step": self.step, "agent": weights}
         self.bar.write(f"step {self.step:,}: return {mean:.5g} +- {spread:.4g}, {self.summary()}")
-        if self.step == self.first:  # the checkpoint lacked it; from now on it is drawn, and not again
+        if self.step == self.first:  # owed since before a stop: kept before it is drawn, or drawn twice
             self.save()
         self.add_to_curves("eval", evaluation)
 

@@ -53,9 +53,7 @@ def find_task(name: str) -> Task:
         if module:  # registers env_id
             importlib.import_module(module)
     except Exception as error:  # whatever is wrong in it
-        advice = "; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
-        reason = f"{type(error).__name__}: {error}{advice}"
-        raise UserError(f"cannot import {module} of {name}: {reason}") from error
+        raise UserError(f"cannot import {module} (is its folder in PYTHONPATH?): {error!r}") from error
     if env_id not in registry:
         with contextlib.suppress(Exception):  # ImportError, or MuJoCo's, of what MUJOCO_GL names
             import common.d4rl_envs  # noqa: F401  # Gymnasium-Robotics registers more

@@ -34,7 +34,7 @@ class Reach(gymnasium.Env):
 
     action_space = Box(0, 4, (2,))
     sizes = {"observation": 3, "achieved_goal": 2, "desired_goal": 2}
-    observation_space = Dict({name: Box(-9, 9, (size,)) for name, size in sizes.items()})
+    observation_space = Dict([(name, Box(-9, 9, (size,))) for name, size in sizes.items()])
 
     def observe(self):
         state = self.np_random.normal(size=7).astype(np.float32)

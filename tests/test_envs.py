@@ -39,8 +39,7 @@ def test_environments(task, env_id, obs_dim, action_dim):
 
 def test_environment_of_another_size(tmp_path):
     path = write(tmp_path / "data.hdf5", actions=np.zeros((10, 4), np.float32))
-    sizes = "size 11 and actions of size 4, the environment of hopper-medium-v2 11 and 3"
-    with pytest.raises(UserError, match=sizes):
+    with pytest.raises(UserError, match=r"medium-v2 have sizes \[11, 3\], the data's \[11, 4\]"):
         make_env("hopper-medium-v2", dataset=path)
 
 
@@ -81,11 +80,11 @@ def test_an_environment_in_a_module_of_ones_own(tmp_path, monkeypatch):
         assert make_env(f"my_robots:{name}").observation_space.shape == (11,)
         gymnasium.registry.pop(name)
     (tmp_path / "my_arms.py").write_text("1 / 0")
-    with pytest.raises(UserError, match="^cannot import my_arms of my_arms:.*: ZeroDivisionError: [^;]*$"):
+    with pytest.raises(UserError, match="^cannot import my_arms .*: ZeroDivisionError"):
         find_task("my_arms:Mine-v0")
     with pytest.raises(UserError, match="unknown task 'my_robots:Other-v0'; nearest names: "):
         find_task("my_robots:Other-v0")
-    with pytest.raises(UserError, match="No module named 'my_legs'; is its folder in PYTHONPATH?"):
+    with pytest.raises(UserError, match="my_legs .is its folder in PYTHONPATH.*No module named 'my_legs'"):
         find_task("my_legs:Mine-v0")
 
 
@@ -97,12 +96,14 @@ def test_arguments_of_an_environment(tmp_path):
     assert env.spec.max_episode_steps == 7
     assert make_env("Walker2d-v5", "xml_file=walker2d_v5.xml").spec.kwargs["xml_file"] == "walker2d_v5.xml"
     assert not make_env("Hopper-v5", "terminate_when_unhealthy=False").unwrapped._terminate_when_unhealthy
-    with pytest.raises(UserError, match="cannot make the environment of bandit-moons-v0: .*wings"):
-        make_env("bandit-moons-v0", "wings=2")
-    with pytest.raises(UserError, match="--env-kwargs healthy_reward is not key=value, such as"):
-        make_env("Hopper-v4", "healthy_reward")
-    with pytest.raises(UserError, match="cannot make the environment of Hopper-v4: .*unexpected keyword"):
-        make_env("Hopper-v4", "wings=2")
+    for task, word, message in (
+        ("bandit-moons-v0", "wings=2", "cannot make the environment of bandit-moons-v0: .*wings"),
+        ("Hopper-v4", "wings=2", "cannot make the environment of Hopper-v4: .*unexpected keyword"),
+        ("Hopper-v4", "max_episode_steps=0", "to be positive, actually: 0"),
+        ("Hopper-v4", "healthy_reward", "--env-kwargs healthy_reward is not key=value, such as"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_env(task, word)
     data = write(tmp_path / "data.hdf5")
     given = dict(env_id="Hopper-v4", dataset=data, env_kwargs=("max_episode_steps=3",), reward_tune="none")
     results = results_of(train(tmp_path / "runs", dac, **given, total_steps=1))

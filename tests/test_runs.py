@@ -14,6 +14,7 @@ from runs import assert_same_state, before_call, curves_of, load, results_of, ti
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dac
+from common.cli import UserError
 from common.datasets import load_dataset, tune_rewards
 from common.scores import summarize
 from common.tasks import find_task
@@ -171,6 +172,8 @@ def test_best_is_the_policy_of_the_best_evaluation(script, tmp_path, monkeypatch
     best = load(folder / "best.pt")
     assert (best["step"], best["results"]["best"]["return"], "optimizers" in best) == (12, 0.9, False)
     torch.testing.assert_close(best["agent"], states[1], rtol=0, atol=0)
+    with pytest.raises(UserError, match="best.pt is a policy without its optimizers"):
+        runs.resume(folder / "best.pt", script)
     for total_steps, step in ((24, 12), (30, 30)):
         runs.resume(folder, script, total_steps=total_steps)
         assert load(folder / "best.pt")["step"] == step

@@ -162,6 +162,7 @@ def test_every_number_is_refused_by_name_or_works(script, tmp_path, monkeypatch)
         (["--env-id", "bandit-moon-v0"], "unknown task 'bandit-moon-v0'; nearest names: bandit-moons-v0"),
         (["--env-id", "antmaze-umaze-v0", "--dataset", "none.hdf5"], "there is no file none.hdf5"),
         (["--device", "cuda:99"], "--device cuda:99 is not available: "),
+        (["--device", "hpu"], "--device hpu is not available: No module named"),
     ],
 )
 @pytest.mark.parametrize("script", [dac, qvpo_online], ids=["dac", "qvpo_online"])
