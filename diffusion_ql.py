@@ -43,7 +43,7 @@ EVAL_SEED = 10_000  # evaluation episodes are seeded EVAL_SEED, EVAL_SEED + 1, .
 class Args:
     """The defaults are the authors' for locomotion; a task's row of TASK_SETTINGS replaces some of them."""
 
-    env_id: str = "hopper-mini-v0"  # task: a D4RL name, a Minari id, hopper-mini-v0 or bandit-<pattern>-v0
+    env_id: str = "hopper-mini-v0"  # task: D4RL, Minari or Gymnasium id, hopper-mini-v0, bandit-<pattern>-v0
     dataset: str | None = None  # an HDF5 path or Minari id to read instead of the task's own transitions
     action_bounds: tuple[float, float] = (-1.0, 1.0)  # what -1 and 1 of the policy are in such an HDF5 file
     env_kwargs: tuple[str, ...] = ()  # for gymnasium.make, key=value: max_episode_steps=500

@@ -69,7 +69,6 @@ def tiny_settings(script, **changes):
 def make_env(name, *env_kwargs, dataset=None):
     """An environment as a run makes it; with other data than the task's own, after a look at them."""
     task, args = find_task(name), SimpleNamespace(env_kwargs=env_kwargs, dataset=dataset)
-    args.action_bounds = (-1, 1)
     data = load_dataset(task, dataset) if dataset else None
     return envs.make_envs(task, 1, args, data)[0] if dataset else envs.make_env(task, args)
 

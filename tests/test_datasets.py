@@ -386,10 +386,9 @@ def test_nobody_is_asked_when_a_file_is_given(task, minari_folder, monkeypatch):
     if "/" in task:
         message = "names recorded data; .*<module that registers it>:dm_control/cheetah-run-v0"
         for dataset in (str(minari_folder / "data.hdf5"), None):
-            args = SimpleNamespace(env_kwargs=(), dataset=dataset, action_bounds=(-1, 1))
             data = own(dataset, task) if dataset else None
             with pytest.raises(UserError, match=message):
-                make_envs(find_task(task), 1, args, data)
+                make_envs(find_task(task), 1, SimpleNamespace(env_kwargs=(), dataset=dataset), data)
 
 
 @pytest.mark.parametrize("lost", [{}, {"observation_space": None}])

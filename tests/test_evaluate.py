@@ -58,16 +58,15 @@ def test_the_best_policy(tmp_path):
     changes = {"env_id": "bandit-8gaussians-v0", "eval_episodes": 20, "num_action_samples": 1}
     run = train(tmp_path, load_script("dac"), **changes)
     own = [each["returns"] for each in results_of(run)["evaluations"]]
-    best = max(own, key=np.mean)
-    assert best != own[-1]
+    assert (best := max(own, key=np.mean)) != own[-1]
     for path in (run, run / "checkpoint.pt"):
         assert score(path, episodes=20, first_seed=10_000, best=True)["returns"] == best
 
 
 def test_arguments_of_the_environment(tmp_path):
     """The run's own, but for those that are given."""
-    settings = {"env_id": "Line-v0", "env_kwargs": ("nested=true", "max_episode_steps=3")}
-    run = train(tmp_path / "runs", load_script("qvpo_online"), **settings)
+    words = ("nested=true", "max_episode_steps=3")
+    run = train(tmp_path / "runs", load_script("qvpo_online"), env_id="Line-v0", env_kwargs=words)
     assert score(run, episodes=2)["lengths"] == [3, 3]
     assert score(run, episodes=1, env_kwargs=("max_episode_steps=5",))["lengths"] == [5]
 
@@ -88,7 +87,7 @@ def test_acting_in_another_way(finished):
 
 def test_screen(tmp_path, capsys):
     """On a task with reference returns, 0 and 1, and from the file instead of its folder."""
-    path = train(tmp_path, load_script("dac"), num_action_samples=1) / "checkpoint.pt"
+    path = train(tmp_path / "dac", load_script("dac"), num_action_samples=1) / "checkpoint.pt"
     returns = np.array(score(path, episodes=50)["returns"])
     out = capsys.readouterr().out
     assert "cpu, 50 episodes, seeds 1000000 to 1000049, none of which the training evaluated on\n" in out
@@ -98,6 +97,9 @@ def test_screen(tmp_path, capsys):
         assert f"\n{name}  {values.mean():.5g} +- {values.std():.4g}, {interval}\n" in out
     score(path, episodes=2, first_seed=10_001)
     assert "seeds 10001 to 10002, some of which the training" in capsys.readouterr().out
+    run = train(tmp_path / "hopper", load_script("qvpo_online"), env_id="Hopper-v4")
+    score(run, "--env-id", "Hopper-v5", episodes=1)
+    assert "score   unknown: no reference returns are known for Hopper-v5" in capsys.readouterr().out
 
 
 # --- Films ---

@@ -32,7 +32,7 @@ from common.checkpoints import load_checkpoint
 from common.cli import NonNegative, Positive, Threads, UserError, check_bounds, run_command
 from common.devices import use_device
 from common.envs import make_env
-from common.scores import normalized_score
+from common.scores import normalized_score, reference_returns
 from common.tasks import find_task
 
 OPENGL = "without a screen it takes libegl1 and libgl1-mesa-dri (Debian), or libosmesa6 and MUJOCO_GL=osmesa"
@@ -160,12 +160,12 @@ def main(args: Args, words: Sequence[str] = ()) -> dict:
 
     play = partial(evaluate, script, agent, args.first_seed)
     evaluation = play(envs)
-    returns, reference = np.array(evaluation["returns"]), checkpoint["results"]["reference_returns"]
+    returns, trained = np.array(evaluation["returns"]), checkpoint["results"]
+    is_same = task.name == trained["env_id"]  # else it is not the data that knows them
+    reference = trained["reference_returns"] if is_same else reference_returns(task.name)
     print(f"return  {describe(returns)}")
-    if reference:
-        print(f"score   {describe(normalized_score(returns, reference))}")
-    else:
-        print(f"score   unknown: no reference returns are known for {task.name}")
+    unknown = f"unknown: no reference returns are known for {task.name}"
+    print(f"score   {describe(normalized_score(returns, reference)) if reference else unknown}")
     print(f"length  {np.mean(evaluation['lengths']):.5g} steps per episode")
     if video:
         print(f"video   {film(video, play, rendered)}")
