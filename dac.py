@@ -361,7 +361,7 @@ class DAC(nn.Module):
 
     def update(self, data: Batch) -> dict[str, Tensor]:
         """One gradient step on random rows of the data: tensor operations only, no host sync; 0-d metrics."""
-        rows = torch.randint(len(data.reward), (self.args.batch_size,), device=self.device)  # unshuffled: D7
+        rows = torch.randint(len(data.reward), (self.args.batch_size,), device=self.device)  # may repeat: D7
         batch, draws = Batch(*(column[rows] for column in data)), self.draw(self.args.batch_size)
 
         # The critics, and their targets: the actor climbs the new ones

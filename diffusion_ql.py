@@ -379,7 +379,7 @@ class DiffusionQL(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
-        """One of its samples for each of obs (batch, obs_dim), drawn by softmax of min_i Q'_i(s, a)."""
+        """For each of obs (batch, obs_dim) one of n actions, drawn by softmax of min_i Q'_i(s, a)."""
         n = self.args.num_action_samples
         obs = obs.repeat_interleave(n, dim=0)  # (batch * n, obs_dim)
         if noise is None:

@@ -384,7 +384,7 @@ class DTQL(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
-        """For each of obs (batch, obs_dim) one of n samples of the policy, by softmax of min_k Q'_k(s, a)."""
+        """For each of obs (batch, obs_dim) one of n actions, drawn by softmax of min_k Q'_k(s, a)."""
         n = self.args.num_action_samples
         if noise is None:
             noise = torch.randn(len(obs), n, self.action_dim, device=self.device)  # (batch, n, action_dim)

@@ -54,7 +54,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products, as in PyTorch
     compile: bool = False  # compile the losses with torch.compile
     cuda_graph: bool = True  # on CUDA, replay the whole update as one CUDA graph; not yet tried on a GPU
-    total_steps: Positive[int] = 1_000_000  # environment steps; after learning_starts with an update each
+    total_steps: Positive[int] = 1_000_000  # environment steps; from learning_starts on with an update each
     batch_size: Positive[int] = 256  # transitions per gradient step, drawn with replacement
     gamma: UnitInterval[float] = 0.99  # discount factor
     tau: UnitInterval[float] = 0.005  # step of the target networks towards the online ones
@@ -300,7 +300,7 @@ class QVPO(nn.Module):
 
     @torch.no_grad()
     def candidates(self, obs: Tensor, noise: Tensor, target: bool = False) -> tuple[Tensor, Tensor]:
-        """n actions per row of obs, from noise (T, n, batch, action_dim), and q, the smaller of its two."""
+        """n actions per row of obs, from noise (T, n, batch, action_dim), and the smaller Q of each."""
         actor, critic = (self.actor_target, self.critic_target) if target else (self.actor, self.critic)
         num_steps, n, batch, _ = noise.shape
         shared = actor.shared(obs, torch.arange(num_steps + 1, device=self.device).view(-1, 1, 1))
@@ -532,7 +532,7 @@ def train(args: Args) -> dict:
             if run.evaluation_due():
                 run.log_evaluation(evaluate(agent, envs))  # eval/*
             if run.reached(min(args.save_every, args.replay_size)):  # before unsaved transitions are replaced
-                run.save()  # agent, optimizers, random state, results, transitions; not the best: D14
+                run.save()  # agent, optimizers, random state, results, transitions: D14
     return run.results
 
 

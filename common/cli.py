@@ -87,7 +87,7 @@ def sources_of(args: Any, task_settings: TaskSettings) -> dict[str, str]:
 
 
 def parse_args(args_class: type[Args], task_settings: TaskSettings, words: list[str] | None = None) -> Args:
-    """What the words ask for, over the task's row or --resume's checkpoint. UserError: it is of no use."""
+    """What the words ask for, over the task's row or --resume's checkpoint. UserError: unfit to resume."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of what decides on the defaults
     parser.add_argument("--env-id", "--env_id", default=args_class.env_id)
     parser.add_argument("--resume")

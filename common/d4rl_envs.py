@@ -92,7 +92,7 @@ class AntMaze(gymnasium.Wrapper):
 class Adroit(gymnasium.Wrapper):
     """D4RL's pen, door, hammer and relocate: Gymnasium-Robotics', but for two differences.
 
-    Its last three reward the distance of hand and object, by +0.1 per metre, not -0.1; its pen may drop.
+    There the last three are rewarded by +0.1 per metre from hand to object, not -0.1, and the pen may drop.
     """
 
     def __init__(self, family: str, **options):

@@ -22,8 +22,8 @@ def use_device(name: str, num_threads: int, matmul_precision: str) -> torch.devi
     num_threads and matmul_precision hold for the whole process. UserError: there is no such device.
     """
     torch.set_num_threads(num_threads)
-    if platform.libc_ver()[0] == "glibc":  # it keeps the memory of freed tensors: page faults take a fifth of
-        for option in (-1, -3):  # a step on a CPU; M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+    if platform.libc_ver()[0] == "glibc":  # keep freed memory: page faults would take a fifth of a step
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(option, 2**30)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:

@@ -22,7 +22,7 @@ def make_envs(task: Task, count: int, args: Any, dataset: Dataset | None = None)
 
     Says what a user may not expect. UserError: they do not fit the dataset, or the task names no environment.
     """
-    other_data = not dataset or (args.dataset and task.kind == "minari")  # ask no host for the task's own
+    other_data = not dataset or (args.dataset and task.kind == "minari")  # nothing is downloaded to ask it
     if count and other_data and task.kind in ("d4rl", "minari"):
         known = f"such as {ROBOTS.get(task.family, 'Hopper-v4')}, or <module that registers it>:{task.name}"
         raise UserError(f"{task.name} names recorded data; here name an environment, {known}")

@@ -161,7 +161,7 @@ def main(args: Args, words: Sequence[str] = ()) -> dict:
     play = partial(evaluate, script, agent, args.first_seed)
     evaluation = play(envs)
     returns, trained = np.array(evaluation["returns"]), checkpoint["results"]
-    is_same = task.name == trained["env_id"]  # else it is not the data that knows them
+    is_same = task.name == trained["env_id"]  # another environment has its own
     reference = trained["reference_returns"] if is_same else reference_returns(task.name)
     print(f"return  {describe(returns)}")
     unknown = f"unknown: no reference returns are known for {task.name}"
