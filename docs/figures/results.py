@@ -1,10 +1,9 @@
-"""Figures and table of docs/results/README.md, from the runs recorded beside it, in seconds.
+"""Figures and tables (printed) of docs/results/README.md, from the runs recorded beside it, in seconds.
 
-    python docs/figures/results.py
-
-prints the table. Folders of runs: <panel><script>__<seed>; <panel><script>__cloning__<seed> has no Q.
+Folders of runs: <panel><script>__<seed>; <panel><script>__cloning__<seed> has no Q.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ LINES = {"diffusion_ql": "o-", "dac": "s-", "dtql": "D-", "edp_td3": "^:", "edp_
 
 @dataclass
 class Args:
-    """Figures and table of docs/results/README.md."""
+    """Figures and tables of docs/results/README.md."""
 
     folder: Path = toolbox.ROOT / "docs" / "results"  # has the runs, and gets the figures
 
@@ -40,16 +39,31 @@ def find(folder: Path, panel: str) -> dict[str, tuple[toolbox.RecordedRun, np.nd
     return {k: (v[0], np.array([[*run.evaluations.values()] for run in v]).T) for k, v in runs.items()}
 
 
-def table(folder: Path) -> list[str]:
-    """Lines of Markdown: means of the last evaluations, and of how many seeds; the mean of the data."""
-    rows = [["recording", "data", "cloning", *LINES], ["---"] * (3 + len(LINES))]
+def table(rows: list[list[str]]) -> str:
+    """Markdown, headings first."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
+def of_last(folder: Path) -> str:
+    """Table of the means of the last evaluations, and of how many seeds; the mean of the data."""
+    rows = [["recording", "data", "cloning", *LINES]]
     for panel, title in PANELS.items():
         found = find(folder, panel)
         cells = {name: f"{scores[-1].mean():.1f} ({scores.shape[1]})" for name, (_, scores) in found.items()}
         cloning = ", ".join(cells[f"{name}__cloning"] for name in LINES if f"{name}__cloning" in cells)
         data = f"{found['dtql'][0].data_score:.1f}"
         rows.append([title, data, cloning, *(cells.get(name, "") for name in LINES)])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return table(rows)
+
+
+def of_controls(folder: Path) -> str:
+    """Table of what choosing and what learning is worth, in 100 fresh episodes of each of three seeds."""
+    rows = [["script", "choosing", "one sample", "cloning, choosing", "cloning, one sample"]]
+    fresh = json.loads((folder / "mini" / "fresh.json").read_text())  # run -> score: its choice, one sample
+    for script in LINES:
+        found = [[fresh.get(f"{script}{x}__{i}", [np.nan] * 2) for i in range(3)] for x in ("", "__cloning")]
+        rows.append([script, *(f"{mean:.1f}".replace("nan", "") for mean in np.mean(found, axis=1).flat)])
+    return table(rows)
 
 
 def bars(ax, found: dict) -> None:
@@ -95,7 +109,7 @@ def draw(path: Path, folder: Path, panels: dict[str, str], panel=curves, rows: i
 
 
 def main(args: Args) -> None:
-    print(*table(args.folder), sep="\n")
+    print(of_last(args.folder), of_controls(args.folder), sep="\n\n")
     draw(args.folder / "scores.png", args.folder, PANELS, bars, rows=2)
     for name, panels in {"hopper": HOPPER, "halfcheetah": CHEETAH, "qvpo": ONLINE}.items():
         draw(args.folder / name / "curves.png", args.folder, panels)
