@@ -55,7 +55,7 @@ def read_own(path: Path, task: Task, low: float, high: float) -> dict[str, np.nd
     if keep.size == 0:
         raise UserError(f"{path} has no transition: {len(timeouts)} rows, {timeouts.sum()} of them timeouts")
     print(f"{path} has actions from {low:g} to {high:g} (--action-bounds)")
-    fields = transitions(task._replace(family=""), rows, timeouts, keep, next_observations)  # returns: sums
+    fields = transitions(task, rows, timeouts, keep, next_observations)
     return fields | {"actions": to_unit_box(path, fields["actions"], low, high, "--action-bounds")}
 
 

@@ -119,7 +119,7 @@ def test_what_ends_an_episode_counts(terminals, timeouts, rows, rewards, tmp_pat
     path = write(tmp_path / "data.hdf5", **TWENTY, terminals=terminals, timeouts=timeouts)
     data, said = own(path), capsys.readouterr().out
     assert (len(data.rewards), data.rewards.sum(), data.terminals.sum()) == (rows, rewards, rewards)
-    assert [own(path, task).episode_returns.tolist() for task in (HOPPER, "antmaze-umaze-v0")] == [[1, 1]] * 2
+    assert data.episode_returns.tolist() == [1, 1]
     lost = "2 rows without one are dropped, with rewards of 2 in all"
     assert (lost in said) == (rows == 18) and ("dropped" in said) == (rows == 18)
     assert ("has no timeouts: an episode ends where it is terminal" in said) == (timeouts is None)
